@@ -1,0 +1,233 @@
+"""Sample from a trained LEGO stack: `python sample_tiny.py --skip 2,3 --size 64`; --help lists the rest.
+
+Image i of a seed has its own random generator, so it is the same picture whatever the number of images or the batch.
+
+SPDX-License-Identifier: MIT
+"""
+
+import argparse
+import itertools
+import math
+import re
+import time
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lego import OBJECTIVES, SAMPLERS, Diffusion, generator, load_checkpoint, write_aside
+from train_tiny import Parser, command, pick_device, pick_precision, picture, save_picture, to_bytes
+
+LARGEST_SHEET = 1 << 26         # pixels of a picture that holds all samples
+
+
+def read_flags():
+    p = Parser(description="Sample from a LEGO diffusion stack.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--ckpt", help="checkpoint file (default: the newest under runs/, else the pretrained one in assets/)")
+    p.add_argument("--skip", default="", help="bricks to leave out: 2,3 at every step; 2,3@0-0.5 in the first, noisy half of the "
+                   "steps; several such parts separated by semicolons")
+    p.add_argument("--size", help="SIDE or HEIGHTxWIDTH in pixels: height decides the resolution, and width beyond that widens the "
+                   "scene (default: the training size)")
+    p.add_argument("--n", type=int, default=32, help="number of images")
+    p.add_argument("--batch", type=int, default=32, help="images computed at a time")
+    p.add_argument("--steps", type=int, help="noise levels walked (default: 18, with --objective ddpm 100)")
+    p.add_argument("--sampler", choices=[*SAMPLERS, "ddim"], help="ddim is another name of euler (default: the objective's: "
+                   "heun for edm, ancestral for ddpm)")
+    p.add_argument("--churn", type=float, default=0.0, help="S_churn of Karras et al.: noise added at each step of heun and euler")
+    p.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is off")
+    p.add_argument("--label", help="class name or index for all images, or none (default: every class in turn)")
+    p.add_argument("--seed", type=int, default=0, help="seed; image i of a seed is always the same")
+    p.add_argument("--out", default="runs/samples.png", help="FILE.png (one sheet), FILE.npz (arr_0, uint8 NHWC) or a folder of "
+                   "PNG files")
+    p.add_argument("--stages", action="store_true", help="instead show how one image forms: a column per noise level, the noisy "
+                   "image in the first row, every brick's estimate of x0 below")
+    p.add_argument("--bench", action="store_true", help="instead time every subset of bricks against its share of FLOPs")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="number format of the network")
+    a = p.parse_args()
+    for name, least in dict(n=1, batch=1, steps=1, seed=0).items():
+        if getattr(a, name) is not None and getattr(a, name) < least:
+            p.error(f"--{name} must be at least {least}, found {getattr(a, name)}")
+    for name in ("guidance", "churn"):
+        if not 0 <= getattr(a, name) < math.inf:
+            p.error(f"--{name} must be a finite number of at least 0, found {getattr(a, name)}")
+    return a
+
+
+def find_checkpoint(name):
+    if name:
+        return Path(name)
+    found = sorted(Path("runs").glob("**/checkpoint.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
+    found += sorted(Path(__file__).parent.glob("assets/*.pt"))
+    if not found:
+        raise ValueError("no checkpoint under runs/ or assets/: train one with python train_tiny.py, or name one with --ckpt")
+    return found[0]
+
+
+def parse_size(text, size):
+    """(height, width) of "64" or "32x128"; None is the training size."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text or str(size))
+    if not match or 0 in (sides := [int(side) for side in match.groups() if side]):
+        raise ValueError(f"--size {text}: write SIDE or HEIGHTxWIDTH in pixels, such as 64 or 32x128")
+    return sides[0], sides[-1]
+
+
+def parse_skip(text, model, steps):
+    """The brick indices to skip as a function of the sampler's progress, checked for every step."""
+    parts = []
+    for part in filter(None, text.replace(" ", "").split(";")):
+        match = re.fullmatch(r"(\d+(?:,\d+)*)(?:@(\d*\.?\d+)-(\d*\.?\d+))?", part)
+        if not match:
+            raise ValueError(f"--skip {part}: write brick indices such as 2,3, or for a part of the steps 2,3@0-0.5")
+        start, end = (0.0, 1.0) if match[2] is None else (float(match[2]), float(match[3]))
+        if not start < end <= 1:
+            raise ValueError(f"--skip {part}: the range must rise within 0 (noise) to 1 (image)")
+        parts.append(({int(k) for k in match[1].split(",")}, start, end))
+    at = lambda progress: set().union(*(bricks for bricks, start, end in parts if start <= progress < end))
+    for i in range(steps):
+        model.kept(at(i / steps))
+    return at
+
+
+def parse_label(text, model):
+    """A function from image number to label index, or None for unconditional samples."""
+    names = model.info.get("classes", [])
+    if not model.config.classes:
+        if text not in (None, "none"):
+            raise ValueError(f"--label {text}: this model has no classes")
+        return None
+    if text is None:
+        return lambda i: i % model.config.classes
+    if text == "none":
+        return lambda i: model.config.classes
+    if text not in names and not (text.isdigit() and int(text) < model.config.classes):
+        raise ValueError(f"--label {text}: take none, 0 to {model.config.classes - 1}, or one of {', '.join(names)}")
+    return lambda i: names.index(text) if text in names else int(text)
+
+
+class Sampler:
+    """Everything that the flags decide, ready to give images by number."""
+
+    def __init__(self, a):
+        path = find_checkpoint(a.ckpt)
+        self.device = pick_device(a.device)
+        self.autocast = pick_precision(a.precision, self.device)
+        self.model = load_checkpoint(path).to(self.device)
+        objective = self.model.info.get("objective", "edm")
+        self.diffusion, self.seed, self.batch = OBJECTIVES[objective](), a.seed, a.batch
+        steps = a.steps or (100 if objective == "ddpm" else 18)
+        self.size = parse_size(a.size, self.model.config.size)
+        self.label = parse_label(a.label, self.model)
+        self.settings = dict(steps=steps, sampler="euler" if a.sampler == "ddim" else a.sampler, churn=a.churn, clip=True,
+                             guidance=a.guidance, skip=parse_skip(a.skip, self.model, steps))
+        self.flops = 0
+        self.model.register_forward_pre_hook(self.count, with_kwargs=True)
+        always = self.settings["skip"](0) if "@" not in a.skip else ()
+        print(f"{path}: {objective}, trained on {self.model.info.get('dataset', '?')}\n{self.model.table(always)}")
+        if a.skip:
+            print(f"skipping {a.skip}")
+
+    def count(self, model, arguments, settings):
+        x = arguments[0]
+        self.flops += len(x) * sum(model.flops(*x.shape[2:], settings["skip"]))
+
+    def images(self, numbers, **settings):
+        """float images (n, C, H, W) of these numbers."""
+        labels = None if self.label is None else torch.tensor([self.label(i) for i in numbers], device=self.device)
+        shape = len(numbers), self.model.config.channels, *self.size
+        with self.autocast():
+            return self.diffusion.sample(self.model, shape, labels, generator=[generator(self.seed, i) for i in numbers],
+                                         **self.settings | settings)
+
+    def batches(self, n):
+        """uint8 images (b, H, W, C), a batch at a time, n in all."""
+        with tqdm(total=n, unit="image") as bar:
+            for start in range(0, n, self.batch):
+                numbers = range(start, min(n, start + self.batch))
+                yield to_bytes(self.images(numbers))
+                bar.update(len(numbers))
+
+
+def write_npz(batches, n, size, channels, file):
+    """An ADM sample file, written as the batches come: `arr_0`, uint8 (n, H, W, C)."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        header = dict(descr="|u1", fortran_order=False, shape=(n, *size, channels))
+        np.lib.format.write_array_header_1_0(member, header)
+        for images in batches:
+            member.write(images.tobytes())
+
+
+def stages(sampler, columns=9):
+    """A picture of image 0 on its way: x_t in the first row, every brick's estimate of x0 in the rows below."""
+    seen = {}
+
+    def watch(x0, x, sigma):                    # the guide hook sees every evaluation; the last at a level is the step's own
+        labels = None if sampler.label is None else torch.tensor([sampler.label(0)], device=x.device)
+        if x.shape[2:] == sampler.size:
+            every = Diffusion.denoise(sampler.diffusion, sampler.model, x, sigma, labels, return_all=True)
+            noisy = x * .5 / math.hypot(.5, sigma)
+            seen[round(sigma, 9)] = torch.cat([noisy, *every])
+        return x0
+
+    sampler.images([0], guide=watch)
+    levels = sorted(seen, reverse=True)
+    levels = [levels[round(i * (len(levels) - 1) / (columns - 1))] for i in range(columns)]
+    print("noise levels " + ", ".join(f"{s:.3g}" for s in levels))
+    rows = torch.stack([seen[level] for level in levels], 1).flatten(0, 1)
+    return picture(to_bytes(rows), columns, enlarge=max(1, 96 // sampler.size[0]))
+
+
+def bench(sampler):
+    """Time and FLOPs of every subset of bricks, as shares of the full stack's."""
+    K, rows = len(sampler.model.bricks), []
+    subsets = [skip for n in range(K) for skip in itertools.combinations(range(K), n)]
+    for repeat in range(4):                     # in turn, so that a slower machine is slower for all; the first round warms up
+        for i, skip in enumerate(subsets):
+            sampler.flops, began = 0, time.perf_counter()
+            sampler.images(range(sampler.batch), skip=skip, steps=4)
+            if sampler.device.type == "cuda":
+                torch.cuda.synchronize()
+            rows += [(i, skip, sampler.flops, time.perf_counter() - began)] if repeat else []
+    median = lambda i: sorted(t for j, _, _, t in rows if j == i)[1]
+    whole_flops, whole_time = rows[0][2], median(0)
+    print("skipped     FLOPs    time   time saved / FLOPs saved")
+    for i, skip, flops, _ in rows[:len(subsets)]:
+        saved = 1 - flops / whole_flops
+        print(f"{','.join(map(str, skip)) or 'nothing':<10}  {flops / whole_flops:>6.1%}  {median(i) / whole_time:>6.1%}   "
+              + (f"{(1 - median(i) / whole_time) / saved:.2f}" if saved else ""))
+
+
+def main():
+    a = read_flags()
+    out = Path(a.out)
+    if out.suffix not in ("", ".png", ".npz"):
+        raise ValueError(f"--out {out}: name a FILE.png, a FILE.npz or a folder")
+    sampler = Sampler(a)
+    if a.bench:
+        return bench(sampler)
+    (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+    began, channels = time.perf_counter(), sampler.model.config.channels
+    if a.stages:
+        save_picture(stages(sampler), out if out.suffix == ".png" else out / "stages.png")
+        return print(f"written to {out}")
+    if out.suffix == ".npz":
+        write_aside(out, partial(write_npz, sampler.batches(a.n), a.n, sampler.size, channels))
+    elif out.suffix == ".png":
+        if a.n * math.prod(sampler.size) > LARGEST_SHEET:
+            raise ValueError(f"{a.n} images of {sampler.size[0]}x{sampler.size[1]} are too much for one picture: name a folder")
+        columns = min(a.n, max(1, round(8 * sampler.size[0] / sampler.size[1])))
+        images = np.concatenate(list(sampler.batches(a.n)))
+        save_picture(picture(images, columns, enlarge=max(1, 96 // sampler.size[0])), out)
+    else:
+        for i, image in enumerate(itertools.chain.from_iterable(sampler.batches(a.n))):
+            save_picture(picture(image[None], 1), out / f"{i:06d}.png")
+    seconds = time.perf_counter() - began
+    print(f"{a.n} images of {sampler.size[0]}x{sampler.size[1]} in {seconds:.1f} s: {sampler.flops / a.n / 1e9:.2f} GFLOPs and "
+          f"{1000 * seconds / a.n:.1f} ms per image, written to {out}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,691 @@
+"""Train a LEGO stack on one GPU or CPU: `python train_tiny.py` draws landscapes; --help lists the rest.
+
+The file has three parts: data sets (built-in landscapes, CIFAR-10, Fashion-MNIST, any folder or zip of images), pictures and
+command line (shared with sample_tiny.py), and training. Every random draw comes from (seed, step), so a resumed run is the
+run that never stopped, and the ranks of `torchrun` share one global batch.
+
+SPDX-License-Identifier: MIT
+"""
+
+import argparse
+import copy
+import gzip
+import hashlib
+import io
+import itertools
+import math
+import os
+import signal
+import sys
+import tarfile
+import time
+import urllib.request
+import zipfile
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from lego import OBJECTIVES, PRESETS, Lego, LegoConfig, generator, read_checkpoint, save_checkpoint, write_aside
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets: landscapes
+
+LANDSCAPES = ["day", "sunset", "night", "winter"]
+PALETTES = np.array([   # sky above, sky below, sun or moon, far ridge, near ridge: RGB in [0, 1], a row for each class
+    [(.22, .47, .88), (.76, .89, 1.), (1., .96, .74), (.52, .64, .76), (.13, .38, .16)],
+    [(.27, .20, .50), (1., .55, .27), (1., .87, .50), (.60, .32, .40), (.14, .07, .16)],
+    [(.01, .02, .09), (.09, .14, .32), (.96, .95, .86), (.12, .16, .30), (.02, .03, .07)],
+    [(.50, .63, .80), (.90, .93, .96), (1., .98, .88), (.60, .68, .79), (.27, .35, .44)]])
+PERIOD = 8              # a scene repeats sideways after this many times its height
+WAVES = np.array([2, 4, 7, 12, 20, 32, 50, 76]) / PERIOD      # ridge frequencies, per height
+
+
+def landscapes(seed, indices, H, W):
+    """Scenes `indices` of the endless data set `seed`: uint8 (n, H, W, 3) and labels (n,), which are index modulo 4.
+
+    Distances are in units of the height, so a scene has the same content at any H, and a larger W shows more of it. Scenes are
+    stationary sideways. Edges are antialiased by coverage: a pixel is covered in proportion to its distance from the edge."""
+    labels = np.asarray(indices) % 4
+    random = np.stack([np.random.default_rng([seed, i]).random(400) for i in indices])[:, :, None]    # (n, 400, 1)
+    used = itertools.count()
+    draw = lambda low=0., high=1.: low + (high - low) * random[:, next(used)]                         # (n, 1)
+    y = 1 - (np.arange(H)[None, :, None] + .5) / H                                                    # (1, H, 1), up
+    x = (np.arange(W)[None, :] + .5) / H                                                              # (1, W)
+    covers = lambda distance: np.clip(distance * H + .5, 0, 1)[..., None]                             # to (n, H, W, 1)
+
+    colours = PALETTES[labels] + .07 * (np.concatenate([draw() for _ in range(15)], 1).reshape(-1, 5, 3) - .5)
+    colours = (colours * (.85 + .3 * draw()[:, :, None]))[:, :, None, None]                            # (n, 5, 1, 1, 3)
+    above, below, disc, far, near = colours.transpose(1, 0, 2, 3, 4)
+    image = below + (above - below) * (y[..., None] * draw(1., 1.4)[..., None, None] - .25).clip(0, 1)
+    image = np.broadcast_to(image, (len(labels), H, W, 3))
+
+    is_night = (labels == 2)[:, None, None, None]
+    if is_night.any():                                                                                 # stars
+        blur = math.hypot(.012, .4 / H)
+        sx, sy, glow = random[:, 160:240, 0] * PERIOD, random[:, 240:320, 0], random[:, 320:400]       # (n, 80)
+        apart = (x[:, None] - sx[:, :, None] + PERIOD / 2) % PERIOD - PERIOD / 2                       # (n, 80, W)
+        rows = np.exp(-(y[:, None, :, 0] - sy[:, :, None]) ** 2 / (2 * blur ** 2)) * glow              # (n, 80, H)
+        stars = rows.transpose(0, 2, 1) @ np.exp(-apart ** 2 / (2 * blur ** 2)) * (1.6 * (.012 / blur) ** 2)
+        image = image + (1 - image) * np.clip(stars, 0, 1)[..., None] * is_night
+    for cell in range(4):                                                       # a sun or moon for every 2 heights sideways
+        sx, sy, radius = (cell + draw(.15, .85)) * 2, draw(.55, .9), draw(.07, .12)
+        apart = (x - sx + PERIOD / 2) % PERIOD - PERIOD / 2
+        distance = np.hypot(apart[:, None], y - sy[:, :, None])                                        # (n, H, W)
+        image = image + (disc - image) * np.exp(-(distance / .22) ** 2)[..., None] * .45
+        image = image + (disc - image) * covers(radius[:, :, None] - distance)
+
+    for layer, (base, height) in enumerate([(.48, .24), (.32, .17), (.15, .08)]):                     # ridges, far to near
+        base, ridge, line = draw(base - .05, base + .05), 0, 0
+        for f in WAVES:
+            strength, phase = draw(.4, 1.) * (f * PERIOD / 2) ** -.75, draw()
+            wave = np.abs(np.sin(np.pi * (f * x + phase))) if layer < 2 else .5 * np.sin(2 * np.pi * (f * x + phase)) + .5
+            ridge = ridge + strength * (.5 - wave)                            # |sin| turned over: pointed peaks
+            line = line + strength * (.5 - wave) * np.cos(7 * phase)          # a second, related line: where snow begins
+        ridge = base + height * ridge
+        colour = far + (near - far) * layer / 2
+        haze = np.clip((ridge[:, None] - y) * 1.5, 0, .5)[..., None] * (1 - layer / 3)
+        ground = colour + (below - colour) * haze
+        snow = covers(y - (base - .02 + .5 * height * line)[:, None]) * (labels == 3)[:, None, None, None] * (layer < 2)
+        ground = ground + (.97 - ground) * snow
+        image = image + (ground - image) * covers(ridge[:, None] - y)
+    return (image.clip(0, 1) * 255 + .5).astype(np.uint8), labels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets: files
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR10_FILE = ("cifar-10-binary.tar.gz", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9dddda3db29a59bca1dd")     # sha256
+CIFAR10_URLS = ["https://www.cs.toronto.edu/~kriz/", "https://cave.cs.toronto.edu/kriz/"]
+FASHION = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+FASHION_FILES = {           # sha256 of what the .gz files hold, since Debian's are compressed anew
+    "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"}
+FASHION_URLS = ["https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"]
+FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+LARGEST_FILE = 1 << 28      # bytes that any one download, archive member or image file may have
+
+
+@dataclass
+class Data:
+    """A data set in memory: uint8 images (n, S, S, C) and labels (n,) to train on, the same held out, and whether a mirror
+    image is as likely as the image. Built-in landscapes have no arrays: they are drawn when asked for."""
+    name: str
+    classes: list
+    channels: int
+    flip: bool
+    size: int
+    train: tuple | None = None
+    held_out: tuple | None = None
+
+    def batch(self, seed, step, count, mine=slice(None), flip=False):
+        """Global batch number `step` of `count` images, of which `mine` are returned: float images (n, C, H, W) in [-1, 1] and
+        labels (n,). The same for the same (seed, step), in epochs of a shuffled data set."""
+        number = np.arange(step * count, (step + 1) * count)[mine]
+        if self.train is None:
+            images, labels = landscapes(seed, number, self.size, self.size)
+        else:
+            images, labels = self.train
+            order = np.empty(len(number), dtype=np.int64)
+            for epoch in np.unique(number // len(images)):
+                here = number // len(images) == epoch
+                order[here] = np.random.default_rng([seed, epoch]).permutation(len(images))[number[here] % len(images)]
+            images, labels = images[order], labels[order]
+        if flip:
+            flipped = np.random.default_rng([seed, step, 1]).random(count)[mine] < .5
+            images = np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+        return to_float(images), torch.from_numpy(labels.astype(np.int64))
+
+    def held(self, count, size=None):
+        """The first `count` held-out images of all classes in turn, and labels, as `batch` gives them."""
+        if self.held_out is None:
+            images, labels = landscapes(-1 % 2 ** 32, range(count), size or self.size, size or self.size)
+        else:
+            images, labels = self.held_out
+            rank = np.empty(len(labels), dtype=np.int64)                      # 0 for the first of each class, 1 for the second...
+            for c in np.unique(labels):
+                rank[labels == c] = np.arange((labels == c).sum())
+            chosen = np.argsort(rank, kind="stable")[:count]
+            images, labels = images[chosen], labels[chosen]
+        return to_float(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def to_float(images):
+    """uint8 (n, H, W, C) to float32 (n, C, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_bytes(images):
+    """float (n, C, H, W) in [-1, 1] to uint8 (n, H, W, C)."""
+    return (images.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def fetch(name, sha256, urls, folder, hash_of=lambda path: path.open("rb")):
+    """The path of file `name` in `folder`, downloaded from one of `urls` if need be (a broken download goes on where it
+    stopped) and checked. ValueError, saying where to put the file, if it cannot be had."""
+    path = Path(folder) / name
+
+    def matches(candidate):
+        with hash_of(candidate) as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest() == sha256
+
+    reasons, part = [], path.with_name(path.name + ".part")
+    if path.exists():
+        if matches(path):
+            return path
+        raise ValueError(f"{path} is damaged (its checksum is wrong): delete it, to download it again")
+    for url in urls:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            have = part.stat().st_size if part.exists() else 0
+            request = urllib.request.Request(url + name, headers={"Range": f"bytes={have}-", "User-Agent": "lego-tiny"})
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                have = have if reply.status == 206 else 0                     # 200: the server sends it all again
+                left = int(reply.headers.get("Content-Length") or 0)
+                with part.open("ab" if have else "wb") as file, \
+                        tqdm(initial=have, total=have + left or None, unit="B", unit_scale=True, desc=name) as bar:
+                    while block := reply.read(1 << 16):
+                        if file.tell() > LARGEST_FILE:
+                            raise OSError("larger than it can be")
+                        bar.update(file.write(block))
+                if left and part.stat().st_size < have + left:
+                    raise OSError("the connection broke off")
+            if matches(part):
+                part.replace(path)
+                return path
+            part.unlink()
+            reasons.append(f"{url}: wrong checksum")
+        except OSError as error:                                              # URLError and gzip.BadGzipFile are OSErrors
+            reasons.append(f"{url}: {error}")
+    raise ValueError(f"cannot download {name} ({'; '.join(reasons)}). Get it elsewhere and put it at {path}")
+
+
+def read_cifar10(path):
+    """Train and test (images, labels) from the official binary archive, which is read member by member."""
+    def records(archive, member):
+        try:
+            info = archive.getmember(f"cifar-10-batches-bin/{member}")
+        except KeyError:
+            raise ValueError(f"{path}: member cifar-10-batches-bin/{member} is missing: get the *binary* version")
+        if not info.isfile() or info.size % 3073 or not 0 < info.size <= LARGEST_FILE:
+            raise ValueError(f"{path}: {member} has {info.size} bytes, not whole records of 3073")
+        rows = np.frombuffer(archive.extractfile(info).read(info.size), np.uint8).reshape(-1, 3073)
+        if rows[:, 0].max() > 9:
+            raise ValueError(f"{path}: {member} has label {rows[:, 0].max()}, but labels go from 0 to 9")
+        return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
+
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            parts = [records(archive, f"data_batch_{i}.bin") for i in range(1, 6)]
+            return tuple(np.concatenate(p) for p in zip(*parts)), records(archive, "test_batch.bin")
+    except (tarfile.TarError, EOFError, gzip.zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .tar.gz archive ({error})") from error
+
+
+def read_idx(images_path, labels_path):
+    """(images (n, H, W, 1), labels (n,)) from a pair of gzipped idx files."""
+    def read(path, dims):
+        try:
+            with gzip.open(path) as file:
+                data = file.read(LARGEST_FILE)
+        except (OSError, EOFError, gzip.zlib.error) as error:
+            raise ValueError(f"{path} is not a readable .gz file ({error})") from error
+        shape = np.frombuffer(data[4:4 + 4 * dims], ">u4").astype(int) if len(data) >= 4 + 4 * dims else [0]
+        if data[:4] != bytes([0, 0, 8, dims]) or len(data) != 4 + 4 * dims + math.prod(shape):
+            raise ValueError(f"{path} is not a whole idx file of unsigned bytes in {dims} dimensions")
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+    images, labels = read(images_path, 3), read(labels_path, 1)
+    if len(images) != len(labels) or labels.max(initial=0) > 9:
+        raise ValueError(f"{labels_path}: {len(labels)} labels up to {labels.max(initial=0)} for {len(images)} images of 10 classes")
+    return images[..., None], labels
+
+
+def resized(images, size):
+    """uint8 (n, H, W, C) centre-cropped and resized to (n, size, size, C)."""
+    if images.shape[1:3] == (size, size):
+        return images
+    fit = lambda image: np.asarray(ImageOps.fit(Image.fromarray(image.squeeze()), (size, size))).reshape(size, size, -1)
+    return np.stack([fit(image) for image in images])
+
+
+def read_image(data, size):
+    """(size, size, 1 or 3) uint8 from an image file's bytes of any mode: turned upright, laid on white, centre-cropped."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.width * image.height > 1 << 26:
+            raise ValueError(f"{image.width}x{image.height} is too large")
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                                            # 16 bits a pixel
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    gray = image.mode in ("1", "L", "LA", "La", "F")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("L" if gray else "RGB"), (size, size))
+    return np.asarray(image).reshape(size, size, -1)
+
+
+def read_folder(path, size):
+    """A Data set from a folder or a zip of images: the class is the name of the folder an image lies in. The last tenth of each
+    class is held out. Files that cannot be read are skipped and counted; the images are never written anywhere."""
+    def files():                                                              # (name, function that reads the bytes)
+        if path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if file.is_file():
+                    yield file.relative_to(path.parent), file.stat().st_size, file.read_bytes
+        else:
+            with zipfile.ZipFile(path) as archive:
+                for info in sorted(archive.infolist(), key=lambda i: i.filename):
+                    yield Path(path.stem) / info.filename, info.file_size, lambda: archive.open(info).read(LARGEST_FILE)
+
+    images, skipped = {}, 0
+    try:
+        for name, length, read in tqdm(files(), desc=f"reading {path.name}", unit=" files", leave=False):
+            if name.suffix.lower() not in SUFFIXES or any(part.startswith((".", "__MACOSX")) for part in name.parts[1:]):
+                continue
+            try:
+                if length > LARGEST_FILE:
+                    raise ValueError("too large")
+                images.setdefault(name.parent.name, []).append(read_image(read(), size))
+            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError):
+                skipped += 1
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a readable zip archive ({error})") from error
+    found = sum(map(len, images.values()))
+    print(f"{path}: {found} images in {len(images)} classes" + (f", {skipped} unreadable files skipped" if skipped else ""))
+    if found < 2:
+        raise ValueError(f"{path}: {found} readable images found; put images into one folder per class")
+    channels = max(image.shape[2] for group in images.values() for image in group)
+    parts = [[], []]                                                          # train, held out
+    for label, name in enumerate(sorted(images)):
+        group = np.stack([np.broadcast_to(image, (size, size, channels)) for image in images.pop(name)])
+        cut = len(group) - len(group) // 10
+        for part, chosen in zip(parts, (group[:cut], group[cut:])):
+            part.append((chosen, np.full(len(chosen), label, np.uint8 if label < 256 else np.int64)))
+        images[name] = ()
+    train, held_out = (tuple(np.concatenate(p) for p in zip(*part)) for part in parts)
+    return Data(path.stem, sorted(images), channels, True, size, train, held_out if len(held_out[0]) else train)
+
+
+def load_data(name, folder, size):
+    """The Data set `name` (landscapes, cifar10, fashion-mnist, or a path) at size x size; files are kept in `folder`."""
+    if name == "landscapes":
+        return Data(name, LANDSCAPES, 3, False, size)
+    if name == "cifar10":
+        train, test = read_cifar10(fetch(*CIFAR10_FILE, CIFAR10_URLS, folder))
+        return Data(name, CIFAR10, 3, True, size, (resized(train[0], size), train[1]), (resized(test[0], size), test[1]))
+    if name == "fashion-mnist":                                               # never mirrored: all shoes point to the left
+        folder = FASHION_DEBIAN if FASHION_DEBIAN.exists() and not (Path(folder) / next(iter(FASHION_FILES))).exists() else folder
+        paths = [fetch(file, sha256, FASHION_URLS, folder, gzip.open) for file, sha256 in FASHION_FILES.items()]
+        train, test = read_idx(*paths[:2]), read_idx(*paths[2:])
+        return Data(name, FASHION, 1, False, size, (resized(train[0], size), train[1]), (resized(test[0], size), test[1]))
+    if not Path(name).exists():
+        raise ValueError(f"no data set {name!r}: take landscapes, cifar10, fashion-mnist, or an existing folder or zip of images")
+    return read_folder(Path(name), size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and command line, shared with sample_tiny.py
+
+
+def picture(images, columns, enlarge=1):
+    """One Pillow image of uint8 images (n, H, W, C) in rows of `columns`, with a thin white line between them."""
+    n, H, W, C = images.shape
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (H + 1) - 1, columns * (W + 1) - 1, C), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (H + 1), i % columns * (W + 1)
+        sheet[top:top + H, left:left + W] = image
+    sheet = Image.fromarray(sheet.squeeze(2) if C == 1 else sheet)
+    return sheet.resize((sheet.width * enlarge, sheet.height * enlarge), Image.NEAREST)
+
+
+def save_picture(sheet, path):
+    write_aside(path, lambda file: sheet.save(file, format=Path(path).suffix[1:].replace("jpg", "jpeg")))
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and leaves with exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
+
+
+def command(main):
+    """Run `main`, turning what a user can cause into one line and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pick_device(name):
+    """torch.device of "auto", "cpu", "cuda", "cuda:1", ...; ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_precision(name, device):
+    """An autocast context, made anew by every call of the function returned. "auto" is bfloat16 where the hardware multiplies
+    it natively (CUDA from Ampere on, CPUs with AMX) and float32 elsewhere."""
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
+        device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    bf16 = name == "bf16" or name == "auto" and native
+    print(f"device {device}, precision {'bf16' if bf16 else 'fp32'}" + (" (chosen by hardware)" if name == "auto" else ""))
+    return lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+DEFAULTS = {}           # filled by `flag`: a flag that was not given keeps a resumed run's value, else takes this
+FREE = {"resume", "steps", "minutes", "device", "data_dir", "save_minutes"}     # may differ when a run is resumed
+LOG_EVERY = 20          # steps
+
+
+def flag(parser, name, default, help, **settings):
+    DEFAULTS[name[2:].replace("-", "_")] = default
+    parser.add_argument(name, default=argparse.SUPPRESS, help=help + ("" if default is None else f" (default: {default})"),
+                        **settings)
+
+
+def read_flags():
+    """The settings of this run: flags given, else those stored in the run to resume, else the defaults."""
+    p = Parser(description="Train a LEGO diffusion stack.")
+    flag(p, "--dataset", "landscapes", "landscapes, cifar10, fashion-mnist, or a folder or zip of images (class = folder name)")
+    flag(p, "--data-dir", "data", "where data sets are looked for and downloaded to")
+    flag(p, "--preset", "tiny", "a stack by name: " + ", ".join(n for n in PRESETS if n[0] in "td") + ", or one of the authors'")
+    flag(p, "--bricks", None, 'a stack of your own, region/patch x depth, such as "32/4x6 8/2x2"; replaces --preset')
+    flag(p, "--width", None, "width of the Transformer blocks (default: the preset's)", type=int)
+    flag(p, "--heads", None, "attention heads (default: the preset's)", type=int)
+    flag(p, "--size", 32, "height and width of the training images", type=int)
+    flag(p, "--objective", "edm", "edm or ddpm", choices=list(OBJECTIVES))
+    flag(p, "--steps", None, "budget in optimizer steps", type=int)
+    flag(p, "--minutes", 10.0, "budget in minutes, when --steps is not given", type=float)
+    flag(p, "--batch", 32, "images per step, over all processes", type=int)
+    flag(p, "--lr", 2e-3, "peak learning rate", type=float)
+    flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number per brick, comma "
+         "separated (default: 1 for bricks of 64 tokens an image or fewer, else the share that makes them 64)")
+    flag(p, "--brick-drop", 0.1, "chance of leaving a brick out of a step", type=float)
+    flag(p, "--label-drop", 0.1, "chance of hiding an image's label, for guidance", type=float)
+    flag(p, "--flip", None, "mirror images at random (default: yes but for landscapes and fashion-mnist)",
+         action=argparse.BooleanOptionalAction)
+    flag(p, "--ema-images", 500_000, "half-life of the weight average in images; early on at most 5%% of those seen", type=int)
+    flag(p, "--out", None, "folder for checkpoint, log and pictures (default: runs/DATASET, numbered if taken)")
+    flag(p, "--resume", None, "folder of a run to continue")
+    flag(p, "--save-minutes", 2.0, "minutes between checkpoints with a sample picture", type=float)
+    flag(p, "--device", "auto", "auto, cpu, cuda, mps")
+    flag(p, "--precision", "auto", "auto, fp32 or bf16", choices=["auto", "fp32", "bf16"])
+    flag(p, "--compile", False, "compile the bricks with torch.compile", action="store_true")
+    flag(p, "--seed", 0, "seed of everything random", type=int)
+    given = vars(p.parse_args())
+    state = None
+    if given.get("resume"):
+        state = read_checkpoint(Path(given["resume"]) / "checkpoint.pt")
+        stored = state["info"]["settings"]
+        for name, value in given.items():
+            if name not in FREE and value != stored[name]:
+                raise ValueError(f"--{name.replace('_', '-')} {value} contradicts the run to resume, which has {stored[name]}")
+        if "steps" in given or "minutes" in given:
+            stored["steps"] = None
+        given = stored | given | dict(out=given["resume"])
+    s = argparse.Namespace(**DEFAULTS | given)
+    for name, least in dict(size=1, steps=1, batch=1, ema_images=1, seed=0).items():
+        if getattr(s, name) is not None and getattr(s, name) < least:
+            p.error(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(s, name)}")
+    for name, most in dict(minutes=math.inf, lr=1, brick_drop=.9, label_drop=1, save_minutes=math.inf).items():
+        if not 0 <= getattr(s, name) <= most or name in ("minutes", "lr") and getattr(s, name) == 0:
+            p.error(f"--{name.replace('_', '-')} must lie between 0 and {most}, found {getattr(s, name)}")
+    return s, state
+
+
+def make_config(s, data):
+    """The LegoConfig that the flags ask for, for the images of `data`."""
+    if s.preset not in PRESETS:
+        raise ValueError(f"unknown preset {s.preset!r}: take one of {', '.join(PRESETS)}")
+    preset = PRESETS[s.preset]
+    changes = dict(channels=data.channels, classes=len(data.classes) if len(data.classes) > 1 else 0, size=s.size,
+                   width=s.width or preset.width, heads=s.heads or preset.heads)
+    if s.bricks:
+        changes["bricks"] = LegoConfig.parse(s.bricks, width=4, heads=1).bricks
+    return replace(preset, **changes)
+
+
+def region_fractions(text, config):
+    """One share per brick. By default every brick trains on as many tokens of an image as the largest patch makes of it."""
+    if text is None:
+        tokens = [math.prod(b.grid(config.size, config.size)) * b.tokens for b in config.bricks]
+        return [min(tokens) / n for n in tokens]
+    try:
+        shares = [float(word) for word in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != len(config.bricks) or not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"--region-fraction {text}: give {len(config.bricks)} numbers above 0 and up to 1, comma separated")
+    return shares
+
+
+def make_optimizers(model, lr):
+    """Muon for the matrices inside the Transformer blocks, AdamW for all else; one learning rate suits both, since Muon's
+    steps are scaled to the size of AdamW's."""
+    inner = [p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2 and "adaln" not in name]
+    outer = [p for p in model.parameters() if all(p is not q for q in inner)]
+    return [torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=outer[0].device.type != "mps")]
+
+
+def share(parameters, extra, world):
+    """Average all gradients, and the few numbers `extra`, over the processes, in one message. Returns the average of extra.
+
+    DistributedDataParallel would need to search for the parameters of dropped bricks in every step; here they are simply
+    the ones without a gradient, which are the same in every process."""
+    if world == 1:
+        return extra
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(extra, device=grads[0].device)])
+    dist.all_reduce(flat)
+    flat /= world
+    for g, part in zip(grads, flat.split([g.numel() for g in grads] + [len(extra)])):
+        g.copy_(part.view_as(g))
+    return flat[-len(extra):].tolist()
+
+
+@torch.no_grad()
+def held_out_loss(model, diffusion, data, autocast, count=512, batch=128):
+    """Loss of every brick (K,) on held-out images, at fixed noise: the quantiles of the training distribution of sigma."""
+    images, labels = data.held(count)
+    g = generator("held-out")
+    sigma = diffusion.sigma_at((torch.randperm(len(images), generator=g) + .5) / len(images))
+    noise = torch.randn(images.shape, generator=g)
+    device, losses = next(model.parameters()).device, []
+    for part in torch.arange(len(images)).split(batch):
+        x0, y, s, n = (t[part].to(device) for t in (images, labels, sigma, noise))
+        with autocast():
+            losses.append(diffusion.loss(model, x0, y if model.config.classes else None, sigma=s, noise=n)[1])
+    return torch.cat(losses).mean(0).tolist()
+
+
+def sample_sheet(model, diffusion, autocast, seed=0):
+    """A picture of samples, a class in every column."""
+    classes = model.config.classes
+    columns = classes if 5 <= classes <= 16 else 8
+    labels = torch.arange(4 * columns) % classes if classes else None
+    with autocast():
+        images = diffusion.sample(model, (4 * columns, model.config.channels, model.config.size, model.config.size),
+                                  None if labels is None else labels.to(next(model.parameters()).device),
+                                  generator=[generator(seed, i) for i in range(4 * columns)], clip=True)
+    return picture(to_bytes(images), columns, enlarge=max(1, 96 // model.config.size))
+
+
+class Stream(torch.utils.data.Dataset):
+    """Item `step` is this process's part of that step's batch; made ahead of time by a worker process."""
+
+    def __init__(self, data, seed, count, mine, flip):
+        self.data, self.arguments = data, dict(count=count, mine=mine, flip=flip)
+        self.seed = seed
+
+    def __getitem__(self, step):
+        return self.data.batch(self.seed, step, **self.arguments)
+
+
+def ignore_interrupts(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches every process; the trainer decides what it means
+
+
+def main():
+    s, state = read_flags()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if s.batch % world:
+        raise ValueError(f"--batch {s.batch} cannot be shared by {world} processes: take a multiple of {world}")
+    if world > 1 and s.device in ("auto", "cuda") and torch.cuda.is_available():
+        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(s.device)
+    if rank:
+        sys.stdout = open(os.devnull, "w")              # one process speaks
+    device = pick_device(s.device)
+    autocast = pick_precision(s.precision, device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    data = load_data(s.dataset, s.data_dir, s.size)
+    flip = data.flip if s.flip is None else s.flip
+    config = state["config"] if state else make_config(s, data)
+    fractions = region_fractions(s.region_fraction, config)
+    diffusion = OBJECTIVES[s.objective]()
+    torch.manual_seed(s.seed)
+    model = Lego(config)
+    model.info = dict(objective=s.objective, dataset=data.name, classes=data.classes)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    parameters = list(model.to(device).parameters())
+    averages = list(ema.to(device).parameters())
+    optimizers = make_optimizers(model, s.lr)
+    step, seconds = 0, 0.0
+    K, edges = len(config.bricks), diffusion.sigma_at(torch.tensor([1 / 3, 2 / 3])).to(device)
+    sums = torch.zeros(2, K + 4, device=device)         # sums and counts since the last line of the log
+    if state:
+        if state["info"]["classes"] != data.classes:
+            raise ValueError(f"the run to resume was trained on the classes {state['info']['classes']}, found {data.classes}")
+        ema.load_state_dict(state["weights"])
+        model.load_state_dict(state["train"]["weights"])
+        for optimizer, stored in zip(optimizers, state["train"]["optimizers"]):
+            optimizer.load_state_dict(stored)
+        step, seconds, sums = state["info"]["step"], state["info"]["seconds"], state["train"]["sums"].to(device)
+    if s.compile:
+        for brick in model.bricks:
+            brick.compile()
+    print(model.table())
+    print("training on the share " + ", ".join(f"{f:.3g}" for f in fractions) + " of each brick's regions")
+
+    if s.out is None:
+        names = itertools.chain([data.name], (f"{data.name}-{i}" for i in itertools.count(2)))
+        s.out = str(next(Path("runs") / n for n in names if not (Path("runs") / n / "checkpoint.pt").exists()))
+    out = Path(s.out)
+    if not state and (out / "checkpoint.pt").exists():
+        raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
+    logs = {"log.csv": ["step", "images", "seconds", "loss", *(f"brick{k}" for k in range(K)), "low", "middle", "high"],
+            "held_out.csv": ["step", "images", "seconds", *(f"brick{k}" for k in range(K))]}
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, header in logs.items():
+            lines = [",".join(header)]
+            if state and (out / name).exists():         # lines written after the checkpoint will be written again
+                lines += [l for l in (out / name).read_text().splitlines() if l[:1].isdigit() and int(l.split(",")[0]) <= step]
+            write_aside(out / name, lambda file: file.write("\n".join(lines + [""]).encode()))
+
+    def log(name, numbers):
+        if rank == 0:
+            with open(out / name, "a") as file:
+                file.write(",".join([f"{step},{step * s.batch},{seconds:.1f}"] + [f"{n:.5f}" for n in numbers]) + "\n")
+
+    def save():
+        """Held-out loss, checkpoint and sample picture, by the first process."""
+        if rank == 0:
+            settings = {k: v for k, v in vars(s).items() if k != "resume"}
+            model.info |= dict(step=step, images=step * s.batch, seconds=seconds, settings=settings)
+            save_checkpoint(out / "checkpoint.pt", model, weights=ema.state_dict(),
+                            train=dict(weights=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], sums=sums))
+            held_out = held_out_loss(ema, diffusion, data, autocast)
+            log("held_out.csv", held_out)
+            save_picture(sample_sheet(ema, diffusion, autocast), out / f"samples-{step:07d}.png")
+            tqdm.write(f"step {step}, {seconds / 60:.1f} min: held-out loss " + ", ".join(f"{h:.4f}" for h in held_out))
+
+    stop = []
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda *_: stop.append(1))
+    mine = slice(rank * s.batch // world, (rank + 1) * s.batch // world)
+    loader = torch.utils.data.DataLoader(Stream(data, s.seed, s.batch, mine, flip), batch_size=None, num_workers=1,
+                                         sampler=itertools.count(step), prefetch_factor=8, worker_init_fn=ignore_interrupts,
+                                         pin_memory=device.type == "cuda")
+    began, saved, began_at = time.perf_counter() - seconds, seconds, step
+    bar = tqdm(initial=step, total=s.steps, unit="step", disable=rank > 0)
+    wants_stop = 0
+    for x0, labels in loader:
+        progress = step / s.steps if s.steps else seconds / (60 * s.minutes)
+        if progress >= 1 or wants_stop:
+            break
+        lr = s.lr * min(1, (progress + 1e-3) / 0.02) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        x0, labels = x0.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with autocast():
+            loss, losses, sigma = diffusion.loss(
+                model, x0, labels if config.classes else None, region_fraction=fractions, brick_drop=s.brick_drop,
+                label_drop=s.label_drop, generator=generator(s.seed, "noise", step), shard=(rank, world))
+        loss.backward()
+        # The processes follow one clock and stop together: their average rides along with the gradients.
+        seconds, wants_stop = share(parameters, [time.perf_counter() - began, float(len(stop))], world)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        half_life = min(s.ema_images, 0.05 * step * s.batch)
+        torch._foreach_lerp_(averages, parameters, 1 - 0.5 ** (s.batch / half_life))
+
+        each = losses.nanmean(1)                                              # (B,)
+        level = (sigma[:, None] > edges).sum(1)                               # (B,) 0 low, 1 middle, 2 high noise
+        cells = torch.cat([each[:, None], losses, each[:, None].where(
+            level[:, None] == torch.arange(3, device=device), torch.nan)], 1)                     # (B, 1 + K + 3)
+        sums += torch.stack([cells.nansum(0), (~cells.isnan()).sum(0)])
+        bar.update()
+        if step % LOG_EVERY == 0:
+            mean = (sums[0] / sums[1]).tolist()         # nan where a brick or a noise level did not occur
+            log("log.csv", mean)
+            sums.zero_()
+            left = (60 * s.minutes - seconds if not s.steps else (s.steps - step) * seconds / step) / 60
+            bar.set_postfix_str(f"loss {mean[0]:.4f}, {step * s.batch / seconds:.0f} images/s, {left:.1f} min left")
+        if seconds - saved > 60 * s.save_minutes:
+            save()
+            saved = seconds
+    bar.close()
+    if step > began_at:
+        save()
+    print(f"{'stopped' if wants_stop else 'done'} at step {step} after {seconds:.0f} s, {step * s.batch / max(seconds, 1e-9):.0f} "
+          f"images/s\n" + (f"go on with: python train_tiny.py --resume {out}" if wants_stop else
+                          f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}"))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    command(main)
