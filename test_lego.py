@@ -553,3 +553,333 @@ def test_checkpoints_round_trip_and_nothing_else_is_opened(tmp_path):
         with pytest.raises(ValueError, match="not a LEGO checkpoint"):
             load_checkpoint(tmp_path / bad)
     assert not (tmp_path / "owned").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+
+def test_landscapes_are_the_same_scenes_in_any_batch_size_and_width():
+    images, labels = train_tiny.landscapes(7, range(6), 32, 32)
+    again, _ = train_tiny.landscapes(7, [4, 1], 32, 32)
+    assert np.array_equal(again, images[[4, 1]]) and labels.tolist() == [0, 1, 2, 3, 0, 1]
+    assert np.array_equal(train_tiny.landscapes(7, range(6), 32, 96)[0][:, :, :32], images)           # wider shows more
+    fine = train_tiny.landscapes(7, range(6), 128, 128)[0].reshape(6, 32, 4, 32, 4, 3).mean((2, 4))
+    assert np.abs(fine - images).mean() < 3 and not np.array_equal(images, train_tiny.landscapes(8, range(6), 32, 32)[0])
+    sky, ground = images[:, :4].mean((1, 2, 3)), images[:, -4:].mean((1, 2, 3))
+    assert sky[0] > sky[2] and (sky > ground).sum() >= 5                                             # day is lighter than night
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_cifar10_binary_records(tmp_path):
+    records = np.random.default_rng(0).integers(0, 256, (6, 4, 3073), dtype=np.uint8)
+    records[:, :, 0] %= 10
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    members = {name: r.tobytes() for name, r in zip(names, records)}
+    (images, labels), (test_images, test_labels) = train_tiny.read_cifar10(tar_of(tmp_path / "good.tar.gz", members))
+    assert labels.tolist() == records[:5, :, 0].flatten().tolist() and test_labels.tolist() == records[5, :, 0].tolist()
+    assert images[9, 5, 7].tolist() == [records[2, 1, 1 + 1024 * c + 32 * 5 + 7] for c in range(3)] and test_images.shape == (4, 32, 32, 3)
+    for bad in (dict(data_batch_3=members["data_batch_3.bin"][:-1]), dict(test_batch=b"\x0a" + members["test_batch.bin"][1:]), dict(data_batch_1=b"")):
+        with pytest.raises(ValueError):
+            train_tiny.read_cifar10(tar_of(tmp_path / "bad.tar.gz", members | {f"{k}.bin": v for k, v in bad.items()}))
+    whole = (tmp_path / "good.tar.gz").read_bytes()
+    for data in (whole[:len(whole) // 2], b"<html>404</html>"):
+        (tmp_path / "bad.tar.gz").write_bytes(data)
+        with pytest.raises(ValueError, match="not a readable"):
+            train_tiny.read_cifar10(tmp_path / "bad.tar.gz")
+
+
+def idx(array):
+    return gzip.compress(bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes())
+
+
+def test_fashion_mnist_idx_files(tmp_path):
+    images, labels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8), np.array([0, 9, 3, 3, 1], np.uint8)
+    x, y = tmp_path / "x.gz", tmp_path / "y.gz"
+    x.write_bytes(idx(images)), y.write_bytes(idx(labels))
+    read = train_tiny.read_idx(x, y)
+    assert np.array_equal(read[0][..., 0], images) and np.array_equal(read[1], labels)
+    assert train_tiny.resized(read[0], 32).shape == (5, 32, 32, 1)
+    good = gzip.decompress(x.read_bytes())
+    for data in (b"\0\0\x09" + good[3:], good[:-1], good + b"\0", b"", good[:10]):
+        x.write_bytes(gzip.compress(data))
+        with pytest.raises(ValueError, match="not a whole idx file"):
+            train_tiny.read_idx(x, y)
+    x.write_bytes(b"<html>"), y.write_bytes(idx(np.array([0, 10], np.uint8)))
+    with pytest.raises(ValueError, match="not a readable"):
+        train_tiny.read_idx(x, y)
+    x.write_bytes(idx(images[:2]))
+    with pytest.raises(ValueError, match="labels up to 10"):
+        train_tiny.read_idx(x, y)
+
+
+def picture_file(mode, size=(40, 30), colour=None, form="PNG"):
+    image = Image.new(mode, size, colour)
+    file = io.BytesIO()
+    image.save(file, form)
+    return file.getvalue()
+
+
+def test_folders_and_zips_of_images_of_any_size_and_mode(tmp_path):
+    files = {"cats/rgb.png": picture_file("RGB", (64, 48), (200, 100, 0)), "cats/rgba.png": picture_file("RGBA", (9, 17), (0, 0, 0, 0)),
+             "cats/palette.gif": picture_file("P", form="GIF"), "dogs/one.png": picture_file("1", colour=1),
+             "dogs/sixteen.png": picture_file("I;16", colour=65535), "dogs/gray.jpg": picture_file("L", colour=80, form="JPEG"),
+             "dogs/broken.png": b"not an image", "dogs/notes.txt": b"hello", "dogs/.hidden.png": b"no"}
+    files |= {f"dogs/{i}.png": picture_file("L", colour=10 * i) for i in range(8)}
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name, data in files.items():
+            (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "set" / name).write_bytes(data)
+            archive.writestr(f"a/{name}", data)
+    folder, zipped = (train_tiny.load_data(str(tmp_path / p), "", 16) for p in ("set", "set.zip"))
+    for data in (folder, zipped):
+        assert data.classes == ["cats", "dogs"] and data.channels == 3 and data.train[1].tolist() == [0] * 3 + [1] * 10
+        assert data.train[0][1][0, 0].tolist() == [200, 100, 0] and (data.train[0][2] == 255).all()    # transparent: white
+        assert data.held_out[1].tolist() == [1]
+    assert all(np.array_equal(a, b) for a, b in zip(folder.train + folder.held_out, zipped.train + zipped.held_out))
+    for file in ("cats/rgb.png", "cats/rgba.png", "cats/palette.gif"):
+        (tmp_path / "set" / file).unlink()
+    gray = train_tiny.load_data(str(tmp_path / "set"), "", 16)
+    assert gray.channels == 1 and gray.classes == ["dogs"]
+    values = sorted(image[0, 0, 0] for image in np.concatenate([gray.train[0], gray.held_out[0]]))
+    assert values == sorted([10 * i for i in range(8)] + [80, 255, 255])
+    upright = Image.new("L", (20, 40))
+    upright.paste(255, (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 3                                                                  # taken upside down
+    upright.save(file := io.BytesIO(), "PNG", exif=exif)
+    assert train_tiny.read_image(file.getvalue(), 20)[[0, 5, 14, 19], 0, 0].tolist() == [0, 0, 255, 255]
+
+
+def test_batches_are_shuffled_epochs_and_ranks_share_them():
+    images = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
+    images[:, :, 0] += 100
+    data = train_tiny.Data("d", ["a", "b"], 1, True, 4, (images, np.arange(10) % 2), (images, np.arange(10) % 2))
+    steps = [data.batch(3, step, 4) for step in range(5)]
+    seen = torch.cat([(x[:, 0, 0, 3] * 127.5 + 127.5).round() for x, _ in steps]).int().tolist()
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:] != list(range(10))
+    assert all((y == torch.tensor([s % 2 for s in seen[4 * i:4 * i + 4]])).all() for i, (_, y) in enumerate(steps))
+    whole, parts = data.batch(3, 1, 4, flip=True), [data.batch(3, 1, 4, slice(i, i + 2), True) for i in (0, 2)]
+    assert torch.equal(torch.cat([p[0] for p in parts]), whole[0])
+    flips = torch.cat([data.batch(3, step, 4, flip=True)[0][:, 0, 0, 3] > data.batch(3, step, 4)[0][:, 0, 0, 3] for step in range(100)])
+    assert .4 < flips.float().mean() < .6
+    assert data.held(4)[1].tolist() == [0, 1, 0, 1] and torch.equal(data.held(3)[0], data.held(4)[0][:3])
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files` on loopback, with ranges; a path under /broken stops half-way, under /error it is an error page."""
+    files, ranges = {}, []
+
+    def do_GET(self):
+        place, name = self.path.strip("/").split("/")
+        data, start = self.files[name], int(self.headers["Range"][6:-1])
+        self.ranges.append(start)
+        if place == "error":
+            self.send_response(200)
+            data, start = b"<html>busy</html>", 0
+        else:
+            self.send_response(206)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        self.wfile.write(data[start:start + 1000] if place == "broken" else data[start:])
+
+    def log_message(self, *_):
+        pass
+
+
+def test_downloads_resume_are_checked_and_say_where_to_put_the_file(tmp_path):
+    data = np.random.default_rng(0).bytes(200_000)
+    Server.files, Server.ranges = {"f.bin": data}, []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, digest = f"http://127.0.0.1:{server.server_port}", sha256(data).hexdigest()
+    try:
+        path = train_tiny.fetch("f.bin", digest, [f"{url}/broken/", f"{url}/good/"], tmp_path)
+        assert path.read_bytes() == data and Server.ranges == [0, 1000]
+        assert train_tiny.fetch("f.bin", digest, [], tmp_path) == path
+        path.write_bytes(b"x")
+        with pytest.raises(ValueError, match="damaged"):
+            train_tiny.fetch("f.bin", digest, [], tmp_path)
+        path.unlink()
+        for place in ("error", "broken", "none"):
+            with pytest.raises(ValueError, match=f"put it at {re.escape(str(path))}"):
+                train_tiny.fetch("f.bin", digest, [f"{url}/{place}/"] if place != "none" else ["http://127.0.0.1:9/"], tmp_path)
+            assert not path.exists()
+    finally:
+        server.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+TINY = ["--bricks", "16/4x1 8/4x1 8/2x1", "--width", "16", "--heads", "2", "--size", "16", "--batch", "8", "--device", "cpu"]
+
+
+def in_process(module, *flags):
+    """Run a command line in this process; returns its exit code."""
+    old = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [f"{module.__name__}.py", *map(str, flags)]
+    try:
+        train_tiny.command(module.main)
+        return 0
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = old[0]
+        for number, handler in old[1].items():
+            signal.signal(number, handler)
+
+
+def start(*command):
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def weights_of(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)["train"]["weights"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    assert in_process(train_tiny, *TINY, "--steps", 60, "--lr", "8e-3", "--out", run) == 0
+    return run
+
+
+def test_training_learns_and_leaves_checkpoint_log_and_picture(trained):
+    assert sorted(p.name for p in trained.iterdir()) == ["checkpoint.pt", "held_out.csv", "log.csv", "samples-0000060.png"]
+    rows = np.genfromtxt(trained / "log.csv", delimiter=",", names=True)
+    assert rows.dtype.names == ("step", "images", "seconds", "loss", "brick0", "brick1", "brick2", "low", "middle", "high")
+    assert rows["step"].tolist() == [20, 40, 60] and rows["images"].tolist() == [160, 320, 480]
+    assert 1.3 > rows["loss"][0] > rows["loss"][2] > .2
+    model = load_checkpoint(trained / "checkpoint.pt")
+    data = train_tiny.load_data("landscapes", "", 16)
+    loss = train_tiny.held_out_loss(model, EDM(), data, train_tiny.pick_precision("fp32", torch.device("cpu")), count=64)
+    fresh = train_tiny.held_out_loss(Lego(model.config), EDM(), data, train_tiny.pick_precision("fp32", torch.device("cpu")), count=64)
+    assert max(loss) < .8 * min(fresh)
+    assert model.info["classes"] == train_tiny.LANDSCAPES and model.info["images"] == 480
+
+
+def test_the_checkpoint_holds_the_average_and_both_decay_with_the_schedule(trained):
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    apart = [(state["weights"][k] - w).abs().max().item() for k, w in state["train"]["weights"].items()]
+    assert 0 < max(apart) < .2
+    assert state["train"]["optimizers"][0]["param_groups"][0]["lr"] < 2e-3 * .05
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, number):
+    flags = ["train_tiny.py", *TINY, "--steps", 120, "--precision", "fp32", "--brick-drop", ".2"]
+    whole, broken = start(*flags, "--out", tmp_path / "whole"), start(*flags, "--out", tmp_path / "broken")
+    log, deadline = tmp_path / "broken" / "log.csv", time.time() + 60
+    while not (log.exists() and len(log.read_text().splitlines()) > 1) and time.time() < deadline:
+        time.sleep(.02)
+    broken.send_signal(number)
+    said = broken.communicate(timeout=60)[0]
+    assert broken.returncode == 0 and f"--resume {tmp_path / 'broken'}" in said, said
+    stopped_at = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)["info"]["step"]
+    assert 20 <= stopped_at < 120
+    resumed = start("train_tiny.py", "--resume", tmp_path / "broken")
+    for process in (whole, resumed):
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, said
+    a, b = (torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("whole", "broken"))
+    for key, tensor in a["train"]["weights"].items():
+        assert torch.equal(tensor, b["train"]["weights"][key]) and torch.equal(a["weights"][key], b["weights"][key]), key
+    lines = [[line.split(",")[:2] + line.split(",")[3:] for line in (tmp_path / run / "log.csv").read_text().splitlines()]
+             for run in ("whole", "broken")]
+    assert lines[0] == lines[1] and len(lines[0]) == 7                                # all but the seconds
+
+
+def test_two_processes_train_like_one(tmp_path):
+    flags = [*TINY, "--steps", 4, "--precision", "fp32", "--region-fraction", "1,.5,.5", "--brick-drop", ".2", "--lr", "1e-4"]
+    two = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_tiny.py", *flags, "--out", tmp_path / "two")
+    assert in_process(train_tiny, *flags, "--out", tmp_path / "one") == 0
+    said = two.communicate(timeout=180)[0]
+    assert two.returncode == 0, said
+    one, other = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    torch.manual_seed(0)
+    initial = Lego(load_checkpoint(tmp_path / "one" / "checkpoint.pt").config).state_dict()
+    for key in one:
+        assert torch.allclose(one[key], other[key], atol=2e-6), key
+    assert max((one[k] - initial[k]).abs().max() for k in one) > 1e-4                 # they did move
+
+
+def test_ddpm_own_images_and_grayscale_by_command(tmp_path):
+    for c, i in itertools.product("ab", range(12)):
+        (tmp_path / "set" / c).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / c / f"{i}.png").write_bytes(picture_file("L", colour=20 * i))
+    assert in_process(train_tiny, *TINY, "--dataset", tmp_path / "set", "--objective", "ddpm", "--steps", 3, "--out", tmp_path / "run") == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt").config.channels == 1
+    for sampler in ("ancestral", "ddim"):
+        out = tmp_path / f"{sampler}.npz"
+        assert in_process(sample_tiny, "--ckpt", tmp_path / "run" / "checkpoint.pt", "--n", 3, "--steps", 3, "--sampler", sampler, "--out", out) == 0
+        assert np.load(out)["arr_0"].shape == (3, 16, 16, 1)
+
+
+def test_samples_do_not_depend_on_batch_or_container(trained, tmp_path):
+    flags = ["--ckpt", trained / "checkpoint.pt", "--n", 5, "--steps", 3, "--size", "24x40", "--skip", "1@0-.5;2", "--guidance", 2,
+             "--precision", "fp32"]
+    for name, batch in (("a.npz", 5), ("b.npz", 2), ("folder", 2), ("sheet.png", 5)):
+        assert in_process(sample_tiny, *flags, "--batch", batch, "--out", tmp_path / name) == 0
+    a, b = np.load(tmp_path / "a.npz")["arr_0"], np.load(tmp_path / "b.npz")["arr_0"]
+    folder = np.stack([np.asarray(Image.open(tmp_path / "folder" / f"{i:06d}.png").resize((40, 24), 0)) for i in range(5)])
+    assert a.shape == (5, 24, 40, 3) and a.dtype == np.uint8 and np.array_equal(b, folder)
+    assert np.abs(a.astype(int) - b).max() <= 1 and len({image.tobytes() for image in a}) == 5
+    assert in_process(sample_tiny, *flags, "--seed", 1, "--out", tmp_path / "c.npz") == 0
+    assert np.abs(np.load(tmp_path / "c.npz")["arr_0"].astype(int) - a).mean() > 1
+    assert Image.open(tmp_path / "sheet.png").size == (4 * (5 * 41 - 1), 4 * 24)
+
+
+def test_sampling_says_what_it_does(trained, tmp_path, capsys):
+    model = load_checkpoint(trained / "checkpoint.pt")
+    assert in_process(sample_tiny, "--ckpt", trained / "checkpoint.pt", "--skip", "1,2", "--n", 2, "--steps", 5, "--out", tmp_path / "s.png") == 0
+    said = capsys.readouterr().out
+    assert "skipping 1,2" in said and said.count("skipped") == 2
+    flops = 9 * sum(model.flops(16, 16, (1, 2))) / 1e9                                # 5 Heun steps are 9 evaluations
+    assert f"{flops:.2f} GFLOPs" in said and "ms per image" in said
+    assert in_process(sample_tiny, "--ckpt", trained / "checkpoint.pt", "--stages", "--steps", 9, "--out", tmp_path / "stages.png") == 0
+    assert Image.open(tmp_path / "stages.png").size == (6 * (9 * 17 - 1), 6 * (4 * 17 - 1))
+    assert in_process(sample_tiny, "--ckpt", trained / "checkpoint.pt", "--bench", "--batch", 2) == 0
+    table = capsys.readouterr().out.splitlines()[-7:]
+    assert [row.split()[0] for row in table] == ["nothing", "0", "1", "2", "0,1", "0,2", "1,2"]
+    assert float(table[6].split()[1][:-1]) == pytest.approx(100 * sum(model.flops(16, 16, (1, 2))) / sum(model.flops(16, 16)), abs=.06)
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--dataset", "nowhere"], "nowhere"), (["--bricks", "16/5x1"], "take region 20"), (["--preset", "huge"], "unknown preset"),
+    (["--steps", "0"], "--steps"), (["--minutes", "nan"], "--minutes"), (["--lr", "-1"], "--lr"), (["--batch", "0"], "--batch"),
+    (["--region-fraction", "1,2"], "--region-fraction"), (["--brick-drop", "1"], "--brick-drop"), (["--frobnicate"], "--frobnicate"),
+    (["--device", "abacus"], "abacus"), (["--resume", "nowhere"], "nowhere"), (["--steps", "many"], "--steps"), (["--size", "0"], "--size"),
+    (["--dataset", "README.md"], "not a readable zip"), (["--heads", "5"], "take width")])
+def test_bad_training_flags_give_one_line_and_exit_code_2(flags, word, capsys, tmp_path):
+    defaults = {} if "--steps" in flags or "--minutes" in flags else {"--steps": 1}
+    assert in_process(train_tiny, "--out", tmp_path / "run", *itertools.chain(*defaults.items()), *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert word in error[-1] and "Traceback" not in "".join(error) and not (tmp_path / "run").exists()
+    assert len([line for line in error if line.strip() and "files/s" not in line]) == 1                # but for a progress bar
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--skip", "0,1,2"], "cannot skip all"), (["--skip", "7"], "bricks 0 to 2"), (["--skip", "1@.5-.2"], "must rise"), (["--skip", "x"], "--skip"),
+    (["--skip", "0@0-1;1,2@.5-1"], "cannot skip all"), (["--size", "64x"], "--size"), (["--size", "0"], "--size"), (["--n", "0"], "--n"),
+    (["--label", "dragon"], "dragon"), (["--label", "4"], "--label"), (["--guidance", "nan"], "--guidance"), (["--out", "x.bmp"], "x.bmp"),
+    (["--ckpt", "nowhere.pt"], "nowhere.pt"), (["--ckpt", "README.md"], "not a LEGO checkpoint"), (["--sampler", "magic"], "--sampler"),
+    (["--steps", "0"], "--steps")])
+def test_bad_sampling_flags_give_one_line_and_exit_code_2(trained, flags, word, capsys, tmp_path):
+    assert in_process(sample_tiny, "--ckpt", trained / "checkpoint.pt", "--out", tmp_path / "s.png", *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and word in error[0] and not (tmp_path / "s.png").exists()
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(trained, capsys):
+    assert in_process(train_tiny, *TINY, "--steps", 1, "--out", trained) == 2 and "--resume" in capsys.readouterr().err
+    assert in_process(train_tiny, "--resume", trained, "--lr", ".1") == 2 and "contradicts" in capsys.readouterr().err
