@@ -8,7 +8,8 @@ A LEGO network is a stack of bricks. Every brick sees the whole noisy image x an
 both into regions, each region into patches, turns every patch into a token with a small MLP, lets the tokens of a region
 attend to each other, and hands on a new full-resolution z. Since every z estimates the same thing, a brick can be left out.
 
-Read from top to bottom: stack specification, building blocks, brick, backbone, checkpoints, diffusion and sampling.
+Read from top to bottom: stack specification, building blocks, brick, backbone, diffusion and sampling,
+checkpoints.
 
 Symbols: x noisy image, x0 clean image in [-1, 1], z estimate handed from brick to brick, F raw network output (what z holds),
 sigma noise level, c condition, B batch, C channels, H x W canvas, R regions per image, N tokens per region, D width.
@@ -28,8 +29,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu, interpolate, layer_norm, one_hot, pad, scaled_dot_product_attention, silu
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stack specification
+# ---- Stack specification ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,10 @@ class LegoConfig:
         return " ".join(map(str, self.bricks))
 
 
-# Ours. The stacks after "tiny" are its bricks in other orders and the plain DiTs it is compared with.
-PRESETS = {
-    "tiny": LegoConfig.parse("32/4x6 16/4x2 16/2x1 8/2x1", width=128, heads=4),
-    "tiny-pg": LegoConfig.parse("8/2x1 16/2x1 16/4x2 32/4x6", width=128, heads=4),
-    "tiny-u": LegoConfig.parse("32/4x4 16/4x2 8/2x1 16/2x1 32/2x1", width=128, heads=4),
-    "dit-4": LegoConfig.parse("32/4x9", width=128, heads=4),
-    "dit-2": LegoConfig.parse("32/2x9", width=128, heads=4),
-}
+# Ours: the default (progressive refinement), its bricks in other orders, and the plain DiTs it is compared with.
+PRESETS = {name: LegoConfig.parse(stack, width=128, heads=4) for name, stack in {
+    "tiny": "32/4x6 16/4x2 16/2x1 8/2x1", "tiny-pg": "8/2x1 16/2x1 16/4x2 32/4x6", "tiny-u": "32/4x5 16/4x1 8/2x1 16/4x1 32/2x1",
+    "dit-4": "32/4x9", "dit-2": "32/2x9"}.items()}
 # The authors': (stack, width, heads, channels); XL works on 4 latent channels. Every PR is its PG reversed.
 for _name, _stack, _width, _heads, _channels in [
     ("S-PG-64", "4/2x2 16/8x4 64/2x6", 384, 6, 3),
@@ -149,8 +145,7 @@ for _name, _stack, _width, _heads, _channels in [
     if "PG" in _name:
         PRESETS[_name.replace("PG", "PR")] = LegoConfig.official(" ".join(reversed(_stack.split())), **_rest)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Building blocks
+# ---- Building blocks -------------------------------------------------------------------------------------------------
 
 
 def patchify(x, region, patch):
@@ -224,8 +219,7 @@ class Block(nn.Module):
         return h + gate2 * self.fc2(gelu(self.fc1(modulate(h, shift2, scale2)), approximate=self.config.gelu))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Brick
+# ---- Brick -----------------------------------------------------------------------------------------------------------
 
 
 class Brick(nn.Module):
@@ -315,8 +309,7 @@ class Brick(nn.Module):
         return (z.roll(shift, (2, 3)) if any(shift) else z)[:, :, :H, :W]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backbone
+# ---- Backbone --------------------------------------------------------------------------------------------------------
 
 
 class Lego(nn.Module):
@@ -335,8 +328,6 @@ class Lego(nn.Module):
                 nn.init.zeros_(module.bias)
                 if "adaln" in name or "decode" in name:                     # every brick starts by handing on z (or 0)
                     nn.init.zeros_(module.weight)
-        for module in filter(None, [self.time[0], self.time[2], self.label]):
-            nn.init.normal_(module.weight, std=0.02)
 
     def kept(self, skip):
         """The indices of the bricks that run when those in `skip` do not. ValueError if none is left or one is unknown."""
@@ -393,91 +384,10 @@ class Lego(nn.Module):
         return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Diffusion and sampling ------------------------------------------------------------------------------------------
 
-
-def write_aside(path, write):
-    """Call write(file) on a temporary file beside `path`, flush it to disk and rename it: `path` is whole at any moment."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def save_checkpoint(path, model, **state):
-    """Write weights, config and `model.info` (JSON-able) to `path`, with any further `state` of tensors, numbers, strings,
-    lists and dictionaries. Pass weights=... to store other tensors than the model's own (an average, say)."""
-    weights = state.pop("weights", None) or model.state_dict()
-    json.dumps(model.info)                                                  # TypeError now rather than when it is loaded
-    write_aside(path, lambda file: torch.save(
-        dict(config=asdict(model.config), info=model.info, weights=weights, **state), file))
-
-
-def read_checkpoint(path):
-    """The dictionary that `save_checkpoint` wrote. Nothing is unpickled but tensors and plain containers. ValueError if it
-    is anything else, FileNotFoundError if there is nothing."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"] = LegoConfig(**state["config"])
-        state["info"], state["weights"]
-    except OSError:
-        raise
-    except Exception as error:          # torch's reader meets hostile bytes with errors of almost any type
-        raise ValueError(f"{path} is not a LEGO checkpoint or is damaged ({type(error).__name__})") from error
-    return state
-
-
-def load_checkpoint(path):
-    """The model stored in `path`, on the CPU, in evaluation mode, ready to sample; errors as `read_checkpoint`."""
-    state = read_checkpoint(path)
-    model = Lego(state["config"])
-    try:
-        model.load_state_dict(state["weights"])
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit the stack {model.config}") from error
-    model.info = state["info"]
-    return model.eval()
-
-
-OFFICIAL_NAMES = [("t_embedder.mlp", "time"), ("y_embedder.embedding_table", "label"), ("model.", "bricks."),
-                  ("x_embedder.proj", "local"), ("final_layer.linear", "decode"), ("final_layer.", ""), ("attn.", ""),
-                  ("mlp.", ""), ("adaLN_modulation.1", "adaln")]
-
-
-def load_official(model, state_dict):
-    """Load the authors' parameters into a model made from `LegoConfig.official`. ValueError if names or shapes do not fit.
-
-    Their published files are pickled Python classes, which this project never opens. With the authors' code and in its own
-    environment, save the tensors once: `torch.save(ema.model.state_dict(), "weights.pt")`, and read that file with
-    `torch.load("weights.pt", weights_only=True)`. Their fixed position tables are checked against ours."""
-    ours, C = {}, model.config.channels
-    for name, tensor in state_dict.items():
-        for theirs, mine in OFFICIAL_NAMES:
-            name = name.replace(theirs, mine)
-        if name.endswith("pos_embed"):
-            table = model.get_submodule(name[:-len(".pos_embed")]).position
-            if not torch.allclose(tensor.float().reshape(table.shape), table, atol=1e-5):
-                raise ValueError(f"{name}: the position table differs from the released network's")
-            continue
-        if name.endswith("local.weight"):           # a convolution (D, [z, x, place], p, p); ours takes z, x, place in turn
-            parts = tensor.split([C, 2] if tensor.shape[1] == C + 2 else [C, C, 2], 1)
-            tensor = torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part in parts], 1)
-        ours[name] = tensor
-    try:
-        model.load_state_dict(ours)
-    except RuntimeError as error:
-        raise ValueError("the weights do not fit this stack: " + " ".join(str(error).split())) from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Diffusion
+SAMPLERS = "heun", "euler", "ancestral"
+S_MIN, S_MAX, S_NOISE = 0.05, 10.0, 1.003       # where and how churn acts: the released code's values
 
 
 def generator(*key):
@@ -511,7 +421,7 @@ class Diffusion:
         (B, device), (rank, world), K = (len(x0), x0.device), shard, len(model.config.bricks)
         mine = slice(rank * B, (rank + 1) * B)
         if sigma is None:
-            sigma = self.draw_sigma(world * B, generator)[mine].to(device)
+            sigma = self.sigma_at(torch.rand(world * B, generator=generator))[mine].to(device)
         if noise is None:
             noise = torch.randn(world * B, *x0.shape[1:], generator=generator)[mine].to(device)
         if labels is not None and label_drop > 0:
@@ -542,10 +452,6 @@ class Diffusion:
             total = total + error.mean() / len(kept)
             losses[:, k] = error.detach()
         return total, losses, sigma
-
-    def draw_sigma(self, n, generator=None):
-        """n noise levels (n,) of the training distribution."""
-        return self.sigma_at(torch.rand(n, generator=generator))
 
     def denoise(self, model, x, sigma, labels=None, *, skip=(), guidance=1.0, return_all=False, offset=(0, 0), wrap=False):
         """Estimate of x0 (B, C, H, W), or one for every brick run, from x = x0 + sigma * eps; sigma a number or (B,).
@@ -650,10 +556,6 @@ def canvases(size, H, W):
     return sizes if sizes[-1] == (H, W) else sizes + [(H, W)]
 
 
-SAMPLERS = "heun", "euler", "ancestral"
-S_MIN, S_MAX, S_NOISE = 0.05, 10.0, 1.003       # where and how churn acts: the released code's values
-
-
 class EDM(Diffusion):
     """Karras et al. 2022: F and its input have unit scale at every noise level, and sigma is log-normal in training."""
     sampler = "heun"
@@ -716,3 +618,85 @@ class DDPM(Diffusion):
 
 
 OBJECTIVES = {"edm": EDM, "ddpm": DDPM}
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def write_aside(path, write):
+    """Call write(file) on a temporary file beside `path`, flush it to disk and rename it: `path` is whole at any moment."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, model, **state):
+    """Write weights, config and `model.info` (JSON-able) to `path`, with any further `state` of tensors, numbers, strings,
+    lists and dictionaries. Pass weights=... to store other tensors than the model's own (an average, say)."""
+    weights = state.pop("weights", None) or model.state_dict()
+    json.dumps(model.info)                                                  # TypeError now rather than when it is loaded
+    write_aside(path, lambda file: torch.save(
+        dict(config=asdict(model.config), info=model.info, weights=weights, **state), file))
+
+
+def read_checkpoint(path):
+    """The dictionary that `save_checkpoint` wrote. Nothing is unpickled but tensors and plain containers. ValueError if it
+    is anything else, FileNotFoundError if there is nothing."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["config"] = LegoConfig(**state["config"])
+        state["info"], state["weights"]
+    except OSError:
+        raise
+    except Exception as error:          # torch's reader meets hostile bytes with errors of almost any type
+        raise ValueError(f"{path} is not a LEGO checkpoint or is damaged ({type(error).__name__})") from error
+    return state
+
+
+def load_checkpoint(path):
+    """The model stored in `path`, on the CPU, in evaluation mode, ready to sample; errors as `read_checkpoint`."""
+    state = read_checkpoint(path)
+    model = Lego(state["config"])
+    try:
+        model.load_state_dict(state["weights"])
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the weights do not fit the stack {model.config}") from error
+    model.info = state["info"]
+    return model.eval()
+
+
+OFFICIAL_NAMES = [("t_embedder.mlp", "time"), ("y_embedder.embedding_table", "label"), ("model.", "bricks."),
+                  ("x_embedder.proj", "local"), ("final_layer.linear", "decode"), ("final_layer.", ""), ("attn.", ""),
+                  ("mlp.", ""), ("adaLN_modulation.1", "adaln")]
+
+
+def load_official(model, state_dict):
+    """Load the authors' parameters into a model made from `LegoConfig.official`. ValueError if names or shapes do not fit.
+
+    Their published files are pickled Python classes, which this project never opens. With the authors' code and in its own
+    environment, save the tensors once: `torch.save(ema.model.state_dict(), "weights.pt")`, and read that file with
+    `torch.load("weights.pt", weights_only=True)`. Their fixed position tables are checked against ours."""
+    ours, C = {}, model.config.channels
+    for name, tensor in state_dict.items():
+        for theirs, mine in OFFICIAL_NAMES:
+            name = name.replace(theirs, mine)
+        if name.endswith("pos_embed"):
+            table = model.get_submodule(name[:-len(".pos_embed")]).position
+            if not torch.allclose(tensor.float().reshape(table.shape), table, atol=1e-5):
+                raise ValueError(f"{name}: the position table differs from the released network's")
+            continue
+        if name.endswith("local.weight"):           # a convolution (D, [z, x, place], p, p); ours takes z, x, place in turn
+            parts = tensor.split([C, 2] if tensor.shape[1] == C + 2 else [C, C, 2], 1)
+            tensor = torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part in parts], 1)
+        ours[name] = tensor
+    try:
+        model.load_state_dict(ours)
+    except RuntimeError as error:
+        raise ValueError("the weights do not fit this stack: " + " ".join(str(error).split())) from error
