@@ -3,7 +3,6 @@
 SPDX-License-Identifier: MIT
 """
 
-import copy
 import gzip
 import http.server
 import io
@@ -252,7 +251,7 @@ def test_a_shifted_grid_that_wraps_commutes_with_rolling():
 def test_all_but_one_skipped_is_that_brick_alone():
     model, x, t, y = filled(SMALL), rand(2, 3, 16, 16), torch.tensor([-.5, .3]), torch.tensor([0, 2])
     with torch.no_grad():
-        c = silu(model.time(time_features(t)) + model.label.weight.T[y] + model.label.bias)
+        c = silu(model.time(time_features(4 * t)) + model.label.weight.T[y] + model.label.bias)
         for k, brick in enumerate(model.bricks):
             alone = brick(x, torch.zeros_like(x), c)
             assert torch.allclose(model(x, t, y, skip=set(range(4)) - {k}), alone, atol=1e-6)
@@ -366,7 +365,7 @@ def test_loss_counts_the_chosen_regions_and_bricks_alone():
     scalar, losses, _ = edm.loss(model, x0, region_fraction=fractions, generator=torch.Generator().manual_seed(1), **settings)
     g = torch.Generator().manual_seed(1)
     x = x0 + .5 * settings["noise"]
-    z, c = torch.zeros_like(x), silu(model.time(time_features(torch.full((4,), math.log(.5) / 4))) + model.label.bias)
+    z, c = torch.zeros_like(x), silu(model.time(time_features(torch.full((4,), math.log(.5)))) + model.label.bias)
     c_skip, c_out, c_in, _ = edm.coefficients(torch.tensor(.5))
     target, expected = (x0 - c_skip * x) / c_out, []
     for k, brick in enumerate(model.bricks):

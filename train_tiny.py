@@ -29,12 +29,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lego import OBJECTIVES, PRESETS, Lego, LegoConfig, generator, read_checkpoint, save_checkpoint, write_aside
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets: landscapes
+# ---- Data sets: landscapes -------------------------------------------------------------------------------------------
 
 LANDSCAPES = ["day", "sunset", "night", "winter"]
 PALETTES = np.array([   # sky above, sky below, sun or moon, far ridge, near ridge: RGB in [0, 1], a row for each class
@@ -97,8 +97,7 @@ def landscapes(seed, indices, H, W):
     return (image.clip(0, 1) * 255 + .5).astype(np.uint8), labels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets: files
+# ---- Data sets: files ------------------------------------------------------------------------------------------------
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR10_FILE = ("cifar-10-binary.tar.gz", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9dddda3db29a59bca1dd")     # sha256
@@ -337,8 +336,7 @@ def load_data(name, folder, size):
     return read_folder(Path(name), size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures and command line, shared with sample_tiny.py
+# ---- Pictures and command line, shared with sample_tiny.py -----------------------------------------------------------
 
 
 def picture(images, columns, enlarge=1):
@@ -395,11 +393,10 @@ def pick_precision(name, device):
     return lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 DEFAULTS = {}           # filled by `flag`: a flag that was not given keeps a resumed run's value, else takes this
-FREE = {"resume", "steps", "minutes", "device", "data_dir", "save_minutes"}     # may differ when a run is resumed
+FREE = {"bench", "resume", "steps", "minutes", "device", "data_dir", "save_minutes"}     # may differ when a run is resumed
 LOG_EVERY = 20          # steps
 
 
@@ -423,7 +420,7 @@ def read_flags():
     flag(p, "--steps", None, "budget in optimizer steps", type=int)
     flag(p, "--minutes", 10.0, "budget in minutes, when --steps is not given", type=float)
     flag(p, "--batch", 32, "images per step, over all processes", type=int)
-    flag(p, "--lr", 2e-3, "peak learning rate", type=float)
+    flag(p, "--lr", 4e-3, "peak learning rate", type=float)
     flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number per brick, comma "
          "separated (default: 1 for bricks of 64 tokens an image or fewer, else the share that makes them 64)")
     flag(p, "--brick-drop", 0.1, "chance of leaving a brick out of a step", type=float)
@@ -438,6 +435,7 @@ def read_flags():
     flag(p, "--precision", "auto", "auto, fp32 or bf16", choices=["auto", "fp32", "bf16"])
     flag(p, "--compile", False, "compile the bricks with torch.compile", action="store_true")
     flag(p, "--seed", 0, "seed of everything random", type=int)
+    flag(p, "--bench", False, "only measure the speed of a step", action="store_true")
     given = vars(p.parse_args())
     state = None
     if given.get("resume"):
@@ -538,18 +536,170 @@ def sample_sheet(model, diffusion, autocast, seed=0):
 
 
 class Stream(torch.utils.data.Dataset):
-    """Item `step` is this process's part of that step's batch; made ahead of time by a worker process."""
+    """Item `step` is this process's part of that step's batch, made ahead of time by a worker process."""
 
-    def __init__(self, data, seed, count, mine, flip):
-        self.data, self.arguments = data, dict(count=count, mine=mine, flip=flip)
-        self.seed = seed
+    def __init__(self, data, **arguments):
+        self.data, self.arguments = data, arguments
 
     def __getitem__(self, step):
-        return self.data.batch(self.seed, step, **self.arguments)
+        return self.data.batch(step=step, **self.arguments)
 
 
 def ignore_interrupts(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches every process; the trainer decides what it means
+
+
+class Trainer:
+    """A run: network, weight average, optimizers and counters, made from the settings `s` and the checkpoint to resume."""
+
+    def __init__(self, s, state, rank, world):
+        self.s, self.rank, self.world = s, rank, world
+        self.device = pick_device(s.device)
+        self.autocast = pick_precision(s.precision, self.device)
+        if world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.data = load_data(s.dataset, s.data_dir, s.size)
+        self.config = state["config"] if state else make_config(s, self.data)
+        self.fractions = region_fractions(s.region_fraction, self.config)
+        self.diffusion = OBJECTIVES[s.objective]()
+        torch.manual_seed(s.seed)
+        self.model = Lego(self.config).to(self.device)
+        self.model.info = dict(objective=s.objective, dataset=self.data.name, classes=self.data.classes)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.parameters, self.averages = list(self.model.parameters()), list(self.ema.parameters())
+        self.optimizers = make_optimizers(self.model, s.lr)
+        self.step, self.seconds, K = 0, 0.0, len(self.config.bricks)
+        self.sums = torch.zeros(2, 1 + K + 3, device=self.device)               # sums and counts since the log's last line
+        self.edges = self.diffusion.sigma_at(torch.tensor([1 / 3, 2 / 3])).to(self.device)
+        if state:
+            if state["info"]["classes"] != self.data.classes:
+                raise ValueError(f"the run to resume knows the classes {state['info']['classes']}, found {self.data.classes}")
+            self.ema.load_state_dict(state["weights"])
+            self.model.load_state_dict(state["train"]["weights"])
+            for optimizer, stored in zip(self.optimizers, state["train"]["optimizers"]):
+                optimizer.load_state_dict(stored)
+            self.step, self.seconds, self.sums = state["info"]["step"], state["info"]["seconds"], state["train"]["sums"].to(self.device)
+        if s.compile:
+            for brick in self.model.bricks:
+                brick.compile()
+        self.began, self.stop = time.perf_counter() - self.seconds, []
+        print(self.model.table())
+        print("training on the share " + ", ".join(f"{f:.3g}" for f in self.fractions) + " of each brick's regions")
+
+    def batches(self):
+        """This process's batches from the current step on, without end."""
+        mine = slice(self.rank * self.s.batch // self.world, (self.rank + 1) * self.s.batch // self.world)
+        flip = self.data.flip if self.s.flip is None else self.s.flip
+        stream = Stream(self.data, seed=self.s.seed, count=self.s.batch, mine=mine, flip=flip)
+        return torch.utils.data.DataLoader(stream, batch_size=None, sampler=itertools.count(self.step), num_workers=1,
+                                           prefetch_factor=8, worker_init_fn=ignore_interrupts,
+                                           pin_memory=self.device.type == "cuda")
+
+    def advance(self, x0, labels, progress):
+        """One step of both optimizers and of the average. Returns whether any process was asked to stop."""
+        s = self.s
+        x0, labels = x0.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        with self.autocast():
+            loss, losses, sigma = self.diffusion.loss(
+                self.model, x0, labels if self.config.classes else None, region_fraction=self.fractions, brick_drop=s.brick_drop,
+                label_drop=s.label_drop, generator=generator(s.seed, "noise", self.step), shard=(self.rank, self.world))
+        loss.backward()
+        # The processes follow one clock and stop together: their average rides along with the gradients.
+        self.seconds, stop = share(self.parameters, [time.perf_counter() - self.began, float(len(self.stop))], self.world)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        warm_up, decay = min(1, (progress + 1e-3) / 0.02), 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = s.lr * warm_up * (0.02 + 0.98 * decay)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        half_life = min(s.ema_images, 0.05 * self.step * s.batch)               # as in the released code
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - 0.5 ** (s.batch / half_life))
+
+        each = losses.nanmean(1, keepdim=True)                                  # (B, 1)
+        level = (sigma[:, None] > self.edges).sum(1, keepdim=True)              # (B, 1): 0 low, 1 middle, 2 high noise
+        cells = torch.cat([each, losses, each.where(level == torch.arange(3, device=self.device), torch.nan)], 1)
+        self.sums += torch.stack([cells.nansum(0), (~cells.isnan()).sum(0)])
+        return stop > 0
+
+    def open_logs(self, out):
+        """Write the head of both logs, keeping the lines of the run to resume up to its checkpoint."""
+        bricks = [f"brick{k}" for k in range(len(self.config.bricks))]
+        for name, columns in {"log.csv": ["loss", *bricks, "low", "middle", "high"], "held_out.csv": bricks}.items():
+            old = (out / name).read_text().splitlines()[1:] if self.step and (out / name).exists() else []
+            lines = [",".join(["step", "images", "seconds", *columns])]
+            lines += [line for line in old if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= self.step]
+            write_aside(out / name, lambda file: file.write("\n".join(lines + [""]).encode()))
+
+    def log(self, path, numbers):
+        if self.rank == 0:
+            with open(path, "a") as file:
+                file.write(f"{self.step},{self.step * self.s.batch},{self.seconds:.1f},"
+                           + ",".join(f"{n:.5f}" for n in numbers) + "\n")
+
+    def save(self, out):
+        """Checkpoint, held-out loss and sample picture, by the first process."""
+        if self.rank == 0:
+            self.model.info |= dict(step=self.step, images=self.step * self.s.batch, seconds=self.seconds,
+                                    settings={k: v for k, v in vars(self.s).items() if k not in ("resume", "bench")})
+            save_checkpoint(out / "checkpoint.pt", self.model, weights=self.ema.state_dict(), train=dict(
+                weights=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers], sums=self.sums))
+            held_out = held_out_loss(self.ema, self.diffusion, self.data, self.autocast)
+            self.log(out / "held_out.csv", held_out)
+            save_picture(sample_sheet(self.ema, self.diffusion, self.autocast), out / f"samples-{self.step:07d}.png")
+            tqdm.write(f"step {self.step}, {self.seconds / 60:.1f} min: held-out loss " + ", ".join(f"{h:.4f}" for h in held_out))
+
+    def fit(self, out):
+        """Train until the budget is spent or a signal comes."""
+        s, saved, first, stopped = self.s, self.seconds, self.step, False
+        if self.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            self.open_logs(out)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.stop.append(number))
+        with tqdm(initial=self.step, total=s.steps, unit="step", disable=self.rank > 0) as bar:
+            for x0, labels in self.batches():
+                progress = self.step / s.steps if s.steps else self.seconds / (60 * s.minutes)
+                if progress >= 1 or stopped:
+                    break
+                stopped = self.advance(x0, labels, progress)
+                bar.update()
+                if self.step % LOG_EVERY == 0:
+                    mean = (self.sums[0] / self.sums[1]).tolist()               # nan where a brick or noise level did not occur
+                    self.sums.zero_()
+                    self.log(out / "log.csv", mean)
+                    left = (s.steps - self.step) * self.seconds / self.step if s.steps else 60 * s.minutes - self.seconds
+                    bar.set_postfix_str(f"loss {mean[0]:.4f}, {self.step * s.batch / self.seconds:.0f} images/s, {left / 60:.1f} min left")
+                if self.seconds - saved > 60 * s.save_minutes:
+                    self.save(out)
+                    saved = self.seconds
+        if self.step > first:
+            self.save(out)
+        rate = self.step * s.batch / max(self.seconds, 1e-9)
+        print(f"{'stopped' if stopped else 'done'} at step {self.step} after {self.seconds:.0f} s, {rate:.0f} images/s")
+        print(f"go on with: python train_tiny.py --resume {out}" if stopped else
+              f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}")
+
+    def bench(self, steps=30):
+        """Median step time without what belongs to the first steps, and how it compares with this machine's matrix products."""
+        times, batches = [], iter(self.batches())
+        with FlopCounterMode(display=False) as counter:
+            self.advance(*next(batches), progress=0.5)
+        for _ in range(steps):
+            began = time.perf_counter()
+            self.advance(*next(batches), progress=0.5)
+            times.append(time.perf_counter() - began)                           # `share` and the sums wait for the device
+        a, peak = torch.randn(2048, 2048, device=self.device), 0
+        for _ in range(10):
+            with self.autocast():
+                began = time.perf_counter()
+                (a @ a)[0, 0].item()
+                peak = max(peak, 2 * 2048 ** 3 / (time.perf_counter() - began))
+        low, median, high = np.quantile(times[5:], [.1, .5, .9])
+        flops = counter.get_total_flops()
+        print(f"step {1000 * median:.0f} ms ({1000 * low:.0f} to {1000 * high:.0f}), {self.s.batch / median:.0f} images/s, "
+              f"{flops / median / 1e9:.0f} GFLOP/s of {peak / 1e9:.0f} in one large product ({flops / median / peak:.1%})")
 
 
 def main():
@@ -562,127 +712,14 @@ def main():
         torch.cuda.set_device(s.device)
     if rank:
         sys.stdout = open(os.devnull, "w")              # one process speaks
-    device = pick_device(s.device)
-    autocast = pick_precision(s.precision, device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    data = load_data(s.dataset, s.data_dir, s.size)
-    flip = data.flip if s.flip is None else s.flip
-    config = state["config"] if state else make_config(s, data)
-    fractions = region_fractions(s.region_fraction, config)
-    diffusion = OBJECTIVES[s.objective]()
-    torch.manual_seed(s.seed)
-    model = Lego(config)
-    model.info = dict(objective=s.objective, dataset=data.name, classes=data.classes)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    parameters = list(model.to(device).parameters())
-    averages = list(ema.to(device).parameters())
-    optimizers = make_optimizers(model, s.lr)
-    step, seconds = 0, 0.0
-    K, edges = len(config.bricks), diffusion.sigma_at(torch.tensor([1 / 3, 2 / 3])).to(device)
-    sums = torch.zeros(2, K + 4, device=device)         # sums and counts since the last line of the log
-    if state:
-        if state["info"]["classes"] != data.classes:
-            raise ValueError(f"the run to resume was trained on the classes {state['info']['classes']}, found {data.classes}")
-        ema.load_state_dict(state["weights"])
-        model.load_state_dict(state["train"]["weights"])
-        for optimizer, stored in zip(optimizers, state["train"]["optimizers"]):
-            optimizer.load_state_dict(stored)
-        step, seconds, sums = state["info"]["step"], state["info"]["seconds"], state["train"]["sums"].to(device)
-    if s.compile:
-        for brick in model.bricks:
-            brick.compile()
-    print(model.table())
-    print("training on the share " + ", ".join(f"{f:.3g}" for f in fractions) + " of each brick's regions")
-
     if s.out is None:
-        names = itertools.chain([data.name], (f"{data.name}-{i}" for i in itertools.count(2)))
+        name = Path(s.dataset).stem
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
         s.out = str(next(Path("runs") / n for n in names if not (Path("runs") / n / "checkpoint.pt").exists()))
-    out = Path(s.out)
-    if not state and (out / "checkpoint.pt").exists():
-        raise ValueError(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
-    logs = {"log.csv": ["step", "images", "seconds", "loss", *(f"brick{k}" for k in range(K)), "low", "middle", "high"],
-            "held_out.csv": ["step", "images", "seconds", *(f"brick{k}" for k in range(K))]}
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, header in logs.items():
-            lines = [",".join(header)]
-            if state and (out / name).exists():         # lines written after the checkpoint will be written again
-                lines += [l for l in (out / name).read_text().splitlines() if l[:1].isdigit() and int(l.split(",")[0]) <= step]
-            write_aside(out / name, lambda file: file.write("\n".join(lines + [""]).encode()))
-
-    def log(name, numbers):
-        if rank == 0:
-            with open(out / name, "a") as file:
-                file.write(",".join([f"{step},{step * s.batch},{seconds:.1f}"] + [f"{n:.5f}" for n in numbers]) + "\n")
-
-    def save():
-        """Held-out loss, checkpoint and sample picture, by the first process."""
-        if rank == 0:
-            settings = {k: v for k, v in vars(s).items() if k != "resume"}
-            model.info |= dict(step=step, images=step * s.batch, seconds=seconds, settings=settings)
-            save_checkpoint(out / "checkpoint.pt", model, weights=ema.state_dict(),
-                            train=dict(weights=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], sums=sums))
-            held_out = held_out_loss(ema, diffusion, data, autocast)
-            log("held_out.csv", held_out)
-            save_picture(sample_sheet(ema, diffusion, autocast), out / f"samples-{step:07d}.png")
-            tqdm.write(f"step {step}, {seconds / 60:.1f} min: held-out loss " + ", ".join(f"{h:.4f}" for h in held_out))
-
-    stop = []
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: stop.append(1))
-    mine = slice(rank * s.batch // world, (rank + 1) * s.batch // world)
-    loader = torch.utils.data.DataLoader(Stream(data, s.seed, s.batch, mine, flip), batch_size=None, num_workers=1,
-                                         sampler=itertools.count(step), prefetch_factor=8, worker_init_fn=ignore_interrupts,
-                                         pin_memory=device.type == "cuda")
-    began, saved, began_at = time.perf_counter() - seconds, seconds, step
-    bar = tqdm(initial=step, total=s.steps, unit="step", disable=rank > 0)
-    wants_stop = 0
-    for x0, labels in loader:
-        progress = step / s.steps if s.steps else seconds / (60 * s.minutes)
-        if progress >= 1 or wants_stop:
-            break
-        lr = s.lr * min(1, (progress + 1e-3) / 0.02) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        x0, labels = x0.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with autocast():
-            loss, losses, sigma = diffusion.loss(
-                model, x0, labels if config.classes else None, region_fraction=fractions, brick_drop=s.brick_drop,
-                label_drop=s.label_drop, generator=generator(s.seed, "noise", step), shard=(rank, world))
-        loss.backward()
-        # The processes follow one clock and stop together: their average rides along with the gradients.
-        seconds, wants_stop = share(parameters, [time.perf_counter() - began, float(len(stop))], world)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        half_life = min(s.ema_images, 0.05 * step * s.batch)
-        torch._foreach_lerp_(averages, parameters, 1 - 0.5 ** (s.batch / half_life))
-
-        each = losses.nanmean(1)                                              # (B,)
-        level = (sigma[:, None] > edges).sum(1)                               # (B,) 0 low, 1 middle, 2 high noise
-        cells = torch.cat([each[:, None], losses, each[:, None].where(
-            level[:, None] == torch.arange(3, device=device), torch.nan)], 1)                     # (B, 1 + K + 3)
-        sums += torch.stack([cells.nansum(0), (~cells.isnan()).sum(0)])
-        bar.update()
-        if step % LOG_EVERY == 0:
-            mean = (sums[0] / sums[1]).tolist()         # nan where a brick or a noise level did not occur
-            log("log.csv", mean)
-            sums.zero_()
-            left = (60 * s.minutes - seconds if not s.steps else (s.steps - step) * seconds / step) / 60
-            bar.set_postfix_str(f"loss {mean[0]:.4f}, {step * s.batch / seconds:.0f} images/s, {left:.1f} min left")
-        if seconds - saved > 60 * s.save_minutes:
-            save()
-            saved = seconds
-    bar.close()
-    if step > began_at:
-        save()
-    print(f"{'stopped' if wants_stop else 'done'} at step {step} after {seconds:.0f} s, {step * s.batch / max(seconds, 1e-9):.0f} "
-          f"images/s\n" + (f"go on with: python train_tiny.py --resume {out}" if wants_stop else
-                          f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}"))
+    if not state and (Path(s.out) / "checkpoint.pt").exists():
+        raise ValueError(f"{s.out} holds a run already: continue it with --resume {s.out}, or choose another --out")
+    trainer = Trainer(s, state, rank, world)
+    trainer.bench() if s.bench else trainer.fit(Path(s.out))
     if world > 1:
         dist.destroy_process_group()
 
