@@ -423,7 +423,7 @@ def read_flags():
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
     flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number per brick, comma "
          "separated (default: 1 for bricks of 64 tokens an image or fewer, else the share that makes them 64)")
-    flag(p, "--brick-drop", 0.1, "chance of leaving a brick out of a step", type=float)
+    flag(p, "--brick-drop", 0.0, "chance of leaving a brick out of a step", type=float)
     flag(p, "--label-drop", 0.1, "chance of hiding an image's label, for guidance", type=float)
     flag(p, "--flip", None, "mirror images at random (default: yes but for landscapes and fashion-mnist)",
          action=argparse.BooleanOptionalAction)
