@@ -476,11 +476,11 @@ class Diffusion:
         return out if return_all else out[-1]
 
     @torch.no_grad()
-    def sample(self, model, shape, labels=None, *, steps=18, sampler=None, skip=(), guidance=1.0, generator=None, guide=None,
+    def sample(self, model, shape, labels=None, *, steps=None, sampler=None, skip=(), guidance=1.0, generator=None, guide=None,
                callback=None, clip=False, churn=0.0, refine=0.5):
         """Images (B, C, H, W), about [-1, 1], of the `shape` asked for, from noise.
 
-        steps: noise levels walked. sampler: "heun" (Karras et al. 2022, algorithm 2; two evaluations a step), "euler" (which is
+        steps: noise levels walked (None: 18 for EDM, 100 for DDPM). sampler: "heun" (Karras et al. 2022, algorithm 2; two evaluations a step), "euler" (which is
         DDIM, Song et al. 2021) or "ancestral" (Ho et al. 2020). churn: S_churn of Karras et al. for "heun" and "euler".
         skip: brick indices, or a function of the progress (0 at pure noise, 1 at the end) giving them for a step.
         generator: one CPU generator, or a list with one per image. guide(x0_hat, x, sigma) -> x0_hat corrects every estimate.
@@ -492,7 +492,7 @@ class Diffusion:
         each time noise of level `refine` is added and removed by the last steps of the same walk, with the grid shifted both
         ways and no wrapping. A lower canvas is a shrunken one, a narrower canvas the middle of a full one."""
         (B, C, H, W), size, device = shape, model.config.size, next(model.parameters()).device
-        sampler = sampler or self.sampler
+        sampler, steps = sampler or self.sampler, steps or self.steps
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
         sigmas = self.levels(steps)
@@ -561,7 +561,7 @@ def canvases(size, H, W):
 
 class EDM(Diffusion):
     """Karras et al. 2022: F and its input have unit scale at every noise level, and sigma is log-normal in training."""
-    sampler = "heun"
+    sampler, steps = "heun", 18
 
     def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0):
         self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
@@ -587,7 +587,7 @@ class DDPM(Diffusion):
     Dhariwal 2021) or "linear" schedule, sigma = sqrt((1 - abar) / abar). `denoise` takes the variance-preserving
     x_t = sqrt(abar) x0 + sqrt(1 - abar) eps; everything else works on x = x_t / sqrt(abar) = x0 + sigma eps, in which DDIM is
     Euler's method and the ancestral step has two terms."""
-    sampler = "ancestral"
+    sampler, steps = "ancestral", 100
 
     def __init__(self, schedule="cosine", T=1000):
         steps = torch.arange(T + 1, dtype=torch.float64)

@@ -33,7 +33,7 @@ def read_flags():
                    "scene (default: the training size)")
     p.add_argument("--n", type=int, default=32, help="number of images")
     p.add_argument("--batch", type=int, default=32, help="images computed at a time")
-    p.add_argument("--steps", type=int, help="noise levels walked (default: 18, with --objective ddpm 100)")
+    p.add_argument("--steps", type=int, help="noise levels walked (default: 18 for edm, 100 for ddpm)")
     p.add_argument("--sampler", choices=[*SAMPLERS, "ddim"], help="ddim is another name of euler (default: the objective's: "
                    "heun for edm, ancestral for ddpm)")
     p.add_argument("--churn", type=float, default=0.0, help="S_churn of Karras et al.: noise added at each step of heun and euler")
@@ -118,7 +118,7 @@ class Sampler:
         self.model = load_checkpoint(path).to(self.device)
         objective = self.model.info.get("objective", "edm")
         self.diffusion, self.seed, self.batch = OBJECTIVES[objective](), a.seed, a.batch
-        steps = a.steps or (100 if objective == "ddpm" else 18)
+        steps = a.steps or self.diffusion.steps
         self.size = parse_size(a.size, self.model.config.size)
         self.label = parse_label(a.label, self.model)
         self.settings = dict(steps=steps, sampler="euler" if a.sampler == "ddim" else a.sampler, churn=a.churn, clip=True,

@@ -668,7 +668,7 @@ def test_batches_are_shuffled_epochs_and_ranks_share_them():
     assert torch.equal(torch.cat([p[0] for p in parts]), whole[0])
     flips = torch.cat([data.batch(3, step, 4, flip=True)[0][:, 0, 0, 3] > data.batch(3, step, 4)[0][:, 0, 0, 3] for step in range(100)])
     assert .4 < flips.float().mean() < .6
-    assert data.held(4)[1].tolist() == [0, 1, 0, 1] and torch.equal(data.held(3)[0], data.held(4)[0][:3])
+    assert torch.equal(data.held(3)[0], data.held(4)[0][:3]) and len(data.held(99)[0]) == 10
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -880,3 +880,9 @@ def test_bad_sampling_flags_give_one_line_and_exit_code_2(trained, flags, word, 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(trained, capsys):
     assert in_process(train_tiny, *TINY, "--steps", 1, "--out", trained) == 2 and "--resume" in capsys.readouterr().err
     assert in_process(train_tiny, "--resume", trained, "--lr", ".1") == 2 and "contradicts" in capsys.readouterr().err
+
+
+def test_the_example_in_the_readme_runs():
+    example = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    exec(example, scope := {})
+    assert scope["samples"].shape == (4, 3, 32, 32) and scope["samples"].isfinite().all() and scope["per_brick"].shape == (8, 3)

@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import signal
+import struct
 import sys
 import tarfile
 import time
@@ -23,6 +24,7 @@ import urllib.request
 import zipfile
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +117,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 LARGEST_FILE = 1 << 28      # bytes that any one download, archive member or image file may have
 
 
-@dataclass
+@dataclass(eq=False)
 class Data:
     """A data set in memory: uint8 images (n, S, S, C) and labels (n,) to train on, the same held out, and whether a mirror
     image is as likely as the image. Built-in landscapes have no arrays: they are drawn when asked for."""
@@ -135,27 +137,24 @@ class Data:
             images, labels = landscapes(seed, number, self.size, self.size)
         else:
             images, labels = self.train
-            order = np.empty(len(number), dtype=np.int64)
-            for epoch in np.unique(number // len(images)):
-                here = number // len(images) == epoch
-                order[here] = np.random.default_rng([seed, epoch]).permutation(len(images))[number[here] % len(images)]
+            order = np.array([self.shuffled(seed, i // len(images))[i % len(images)] for i in number])
             images, labels = images[order], labels[order]
         if flip:
             flipped = np.random.default_rng([seed, step, 1]).random(count)[mine] < .5
             images = np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
         return to_float(images), torch.from_numpy(labels.astype(np.int64))
 
-    def held(self, count, size=None):
-        """The first `count` held-out images of all classes in turn, and labels, as `batch` gives them."""
+    @lru_cache(maxsize=2)
+    def shuffled(self, seed, epoch):
+        return np.random.default_rng([seed, epoch]).permutation(len(self.train[0]))
+
+    def held(self, count):
+        """`count` held-out images, the same in every run, and their labels, as `batch` gives them."""
         if self.held_out is None:
-            images, labels = landscapes(-1 % 2 ** 32, range(count), size or self.size, size or self.size)
+            images, labels = landscapes(2 ** 32, range(count), self.size, self.size)     # no --seed is that large
         else:
-            images, labels = self.held_out
-            rank = np.empty(len(labels), dtype=np.int64)                      # 0 for the first of each class, 1 for the second...
-            for c in np.unique(labels):
-                rank[labels == c] = np.arange((labels == c).sum())
-            chosen = np.argsort(rank, kind="stable")[:count]
-            images, labels = images[chosen], labels[chosen]
+            chosen = np.random.default_rng(0).permutation(len(self.held_out[0]))[:count]
+            images, labels = (part[chosen] for part in self.held_out)
         return to_float(images), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -169,19 +168,17 @@ def to_bytes(images):
     return (images.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def fetch(name, sha256, urls, folder, hash_of=lambda path: path.open("rb")):
+def fetch(name, sha256, urls, folder, opener=open):
     """The path of file `name` in `folder`, downloaded from one of `urls` if need be (a broken download goes on where it
-    stopped) and checked. ValueError, saying where to put the file, if it cannot be had."""
-    path = Path(folder) / name
+    stopped) and checked: sha256 is that of the bytes that `opener` reads. ValueError, saying where to put the file, if it
+    cannot be had."""
+    path, reasons = Path(folder) / name, []
+    part = path.with_name(name + ".part")
 
-    def matches(candidate):
-        with hash_of(candidate) as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest() == sha256
+    def matches(file):
+        with opener(file, "rb") as content:
+            return hashlib.sha256(content.read(LARGEST_FILE)).hexdigest() == sha256
 
-    reasons, part = [], path.with_name(path.name + ".part")
     if path.exists():
         if matches(path):
             return path
@@ -192,22 +189,19 @@ def fetch(name, sha256, urls, folder, hash_of=lambda path: path.open("rb")):
             have = part.stat().st_size if part.exists() else 0
             request = urllib.request.Request(url + name, headers={"Range": f"bytes={have}-", "User-Agent": "lego-tiny"})
             with urllib.request.urlopen(request, timeout=30) as reply:
-                have = have if reply.status == 206 else 0                     # 200: the server sends it all again
-                left = int(reply.headers.get("Content-Length") or 0)
-                with part.open("ab" if have else "wb") as file, \
-                        tqdm(initial=have, total=have + left or None, unit="B", unit_scale=True, desc=name) as bar:
-                    while block := reply.read(1 << 16):
-                        if file.tell() > LARGEST_FILE:
-                            raise OSError("larger than it can be")
+                have = have if reply.status == 206 else 0                       # 200: the server sends it all again
+                whole = have + int(reply.headers.get("Content-Length") or 0)
+                with part.open("ab" if have else "wb") as file, tqdm(initial=have, total=whole, unit="B", unit_scale=True, desc=name) as bar:
+                    while (block := reply.read(1 << 16)) and file.tell() < LARGEST_FILE:
                         bar.update(file.write(block))
-                if left and part.stat().st_size < have + left:
-                    raise OSError("the connection broke off")
+            if part.stat().st_size < whole:
+                raise OSError("the connection broke off")
             if matches(part):
                 part.replace(path)
                 return path
             part.unlink()
             reasons.append(f"{url}: wrong checksum")
-        except OSError as error:                                              # URLError and gzip.BadGzipFile are OSErrors
+        except OSError as error:                                                # URLError and gzip.BadGzipFile are OSErrors
             reasons.append(f"{url}: {error}")
     raise ValueError(f"cannot download {name} ({'; '.join(reasons)}). Get it elsewhere and put it at {path}")
 
@@ -242,10 +236,11 @@ def read_idx(images_path, labels_path):
                 data = file.read(LARGEST_FILE)
         except (OSError, EOFError, gzip.zlib.error) as error:
             raise ValueError(f"{path} is not a readable .gz file ({error})") from error
-        shape = np.frombuffer(data[4:4 + 4 * dims], ">u4").astype(int) if len(data) >= 4 + 4 * dims else [0]
-        if data[:4] != bytes([0, 0, 8, dims]) or len(data) != 4 + 4 * dims + math.prod(shape):
+        head = 4 + 4 * dims
+        shape = struct.unpack(f">{dims}I", data[4:head]) if len(data) >= head else ()
+        if data[:4] != bytes([0, 0, 8, dims]) or len(data) != head + math.prod(shape):
             raise ValueError(f"{path} is not a whole idx file of unsigned bytes in {dims} dimensions")
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+        return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
 
     images, labels = read(images_path, 3), read(labels_path, 1)
     if len(images) != len(labels) or labels.max(initial=0) > 9:
@@ -367,20 +362,20 @@ def command(main):
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 def pick_device(name):
     """torch.device of "auto", "cpu", "cuda", "cuda:1", ...; ValueError if it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def pick_precision(name, device):
@@ -448,12 +443,13 @@ def read_flags():
             stored["steps"] = None
         given = stored | given | dict(out=given["resume"])
     s = argparse.Namespace(**DEFAULTS | given)
-    for name, least in dict(size=1, steps=1, batch=1, ema_images=1, seed=0).items():
-        if getattr(s, name) is not None and getattr(s, name) < least:
-            p.error(f"--{name.replace('_', '-')} must be at least {least}, found {getattr(s, name)}")
-    for name, most in dict(minutes=math.inf, lr=1, brick_drop=.9, label_drop=1, save_minutes=math.inf).items():
-        if not 0 <= getattr(s, name) <= most or name in ("minutes", "lr") and getattr(s, name) == 0:
-            p.error(f"--{name.replace('_', '-')} must lie between 0 and {most}, found {getattr(s, name)}")
+    tiny, whole = 1e-9, 2 ** 32 - 1
+    for name, (least, most) in dict(size=(1, 4096), steps=(1, whole), batch=(1, whole), ema_images=(1, whole), seed=(0, whole),
+                                    minutes=(tiny, 1e6), lr=(tiny, 1), brick_drop=(0, .9), label_drop=(0, 1),
+                                    save_minutes=(0, 1e6)).items():
+        value = getattr(s, name)
+        if value is not None and not least <= value <= most:
+            p.error(f"--{name.replace('_', '-')} must lie between {least} and {most}, found {value}")
     return s, state
 
 
