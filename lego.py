@@ -126,7 +126,7 @@ class LegoConfig:
 
 # Ours: the default (progressive refinement), its bricks in other orders, and the plain DiTs it is compared with.
 PRESETS = {name: LegoConfig.parse(stack, width=128, heads=4) for name, stack in {
-    "tiny": "32/4x7 16/2x1 8/2x1 4/2x1", "tiny-pg": "4/2x1 8/2x1 16/2x1 32/4x7", "tiny-u": "32/4x6 16/4x1 8/2x1 16/4x1 32/2x1",
+    "tiny": "32/4x5 16/2x2 8/2x1 4/2x1", "tiny-pg": "4/2x1 8/2x1 16/2x2 32/4x5", "tiny-u": "32/4x6 16/4x1 8/2x1 16/4x1 32/2x1",
     "dit-4": "32/4x9", "dit-2": "32/2x9"}.items()}
 # The authors': (stack, width, heads, channels); XL works on 4 latent channels. Every PR is its PG reversed.
 for _name, _stack, _width, _heads, _channels in [
@@ -418,27 +418,30 @@ class Diffusion:
 
         Mean over the bricks run of the mean squared error of F (paper, equation 6, with lambda = 1 / c_out^2). A brick not run
         has NaN. region_fraction: for every brick the share of its regions to run and to learn from; brick_drop: chance of
-        leaving a brick out of this batch; label_drop: chance of hiding a label. Draws come from the CPU `generator`, unless
+        leaving a brick out of this batch; label_drop: chance of hiding a label. The regions of all bricks are those nearest to one
+        random point (sideways and down round the edge), so that most regions meet the refined z that they will meet when sampling. Draws come from the CPU `generator`, unless
         sigma (B,) and noise (B, C, H, W) are given. shard (rank, world): x0 is the rank-th part of a batch shared by `world`
         processes; the draws are those of the whole batch."""
         (B, device), (rank, world), K = (len(x0), x0.device), shard, len(model.config.bricks)
-        mine = slice(rank * B, (rank + 1) * B)
-        if sigma is None:
-            sigma = self.sigma_at(torch.rand(world * B, generator=generator))[mine].to(device)
+        n, mine = world * B, slice(rank * B, (rank + 1) * B)
+        if sigma is None:               # one draw from each n-th of the distribution: less noise in the loss, same average
+            strata = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
+            sigma = self.sigma_at(strata / n)[mine].to(device)
         if noise is None:
-            noise = torch.randn(world * B, *x0.shape[1:], generator=generator)[mine].to(device)
+            noise = torch.randn(n, *x0.shape[1:], generator=generator)[mine].to(device)
         if labels is not None and label_drop > 0:
-            hidden = torch.rand(world * B, generator=generator)[mine].to(device) < label_drop
+            hidden = torch.rand(n, generator=generator)[mine].to(device) < label_drop
             labels = torch.where(hidden, model.config.classes, labels)
         if brick_drop > 0:
             dropped = set((torch.rand(K, generator=generator) < brick_drop).nonzero().flatten().tolist()) | set(skip)
             skip = dropped if len(dropped) < K else skip
-        regions, weights = [None] * K, [torch.ones((), device=device)] * K
+        regions, weights, point = [None] * K, [torch.ones((), device=device)] * K, torch.rand(2, generator=generator)
         for k, share in enumerate(region_fraction or ()):
             (rows, columns), region = model.config.bricks[k].grid(*x0.shape[2:]), model.config.bricks[k].region
-            n = max(1, round(share * rows * columns))
-            if n < rows * columns:
-                regions[k] = torch.randperm(rows * columns, generator=generator)[:n].to(device)
+            count = max(1, round(share * rows * columns))
+            if count < rows * columns:
+                apart = [(((torch.arange(m) + .5) / m - p + .5) % 1 - .5).abs() for m, p in zip((rows, columns), point)]
+                regions[k] = torch.maximum(apart[0][:, None], apart[1]).flatten().argsort()[:count].to(device)
                 chosen = torch.zeros(rows * columns, device=device).index_fill(0, regions[k], 1).view(rows, columns)
                 weight = chosen.repeat_interleave(region, 0).repeat_interleave(region, 1)[:x0.shape[2], :x0.shape[3]]
                 weights[k] = weight / weight.mean()                                               # (H, W), of mean 1

@@ -363,14 +363,16 @@ def test_loss_counts_the_chosen_regions_and_bricks_alone():
     settings = dict(sigma=torch.full((4,), .5), noise=rand(4, 3, 16, 16, seed=3))
     fractions = [1, .5, .25, .125]
     scalar, losses, _ = edm.loss(model, x0, region_fraction=fractions, generator=torch.Generator().manual_seed(1), **settings)
-    g = torch.Generator().manual_seed(1)
+    point = torch.rand(2, generator=torch.Generator().manual_seed(1)) * 16
     x = x0 + .5 * settings["noise"]
     z, c = torch.zeros_like(x), silu(model.time(time_features(torch.full((4,), math.log(.5)))) + model.label.bias)
     c_skip, c_out, c_in, _ = edm.coefficients(torch.tensor(.5))
     target, expected = (x0 - c_skip * x) / c_out, []
     for k, brick in enumerate(model.bricks):
-        count = (16 // brick.spec.region) ** 2
-        chosen = None if k == 0 else torch.randperm(count, generator=g)[:round(fractions[k] * count)]
+        side, count = brick.spec.region, (16 // brick.spec.region) ** 2
+        middles = [((i // (16 // side) + .5) * side, (i % (16 // side) + .5) * side) for i in range(count)]
+        apart = [max(min(abs(m - p), 16 - abs(m - p)) for m, p in zip(middle, point)) for middle in middles]
+        chosen = None if k == 0 else torch.tensor(sorted(range(count), key=lambda i: apart[i])[:round(fractions[k] * count)])
         z = brick(c_in * x, z, c, chosen)
         error = patchify((z - target) ** 2, brick.spec.region, brick.spec.patch)
         expected.append((error if k == 0 else error[:, chosen]).mean((1, 2, 3)))

@@ -414,7 +414,7 @@ def read_flags():
     flag(p, "--objective", "edm", "edm or ddpm", choices=list(OBJECTIVES))
     flag(p, "--steps", None, "budget in optimizer steps", type=int)
     flag(p, "--minutes", 10.0, "budget in minutes, when --steps is not given", type=float)
-    flag(p, "--batch", 32, "images per step, over all processes", type=int)
+    flag(p, "--batch", 16, "images per step, over all processes", type=int)
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
     flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number per brick, comma "
          "separated (default: 1 for bricks of 64 tokens an image or fewer, else the share that makes them 64)")
