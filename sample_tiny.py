@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from lego import OBJECTIVES, SAMPLERS, Diffusion, generator, load_checkpoint, write_aside
-from train_tiny import Parser, command, pick_device, pick_precision, picture, save_picture, to_bytes
+from train_tiny import Parser, command, landscapes, pick_device, pick_precision, picture, save_picture, to_bytes
 
 LARGEST_SHEET = 1 << 26         # pixels of a picture that holds all samples
 
@@ -45,6 +45,8 @@ def read_flags():
     p.add_argument("--stages", action="store_true", help="instead show how one image forms: a column per noise level, the noisy "
                    "image in the first row, every brick's estimate of x0 below")
     p.add_argument("--bench", action="store_true", help="instead time every subset of bricks against its share of FLOPs")
+    p.add_argument("--seams", action="store_true", help="instead measure how visible the borders of regions are in the samples "
+                   "of a landscapes model; 1 is as in true scenes")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="number format of the network")
     a = p.parse_args()
@@ -200,14 +202,37 @@ def bench(sampler):
               + (f"{(1 - median(i) / whole_time) / saved:.2f}" if saved else ""))
 
 
+def seam_ratio(images, true, region, axis):
+    """Mean absolute difference across region borders over that elsewhere, divided by the same for true images; axis 1 or 2 of
+    (n, H, W, C)."""
+    def ratio(batch):
+        across = np.abs(np.diff(batch.astype(np.float32), axis=axis)).mean(tuple({0, 1, 2, 3} - {axis}))       # (side - 1,)
+        border = np.arange(1, len(across) + 1) % region == 0
+        return across[border].mean() / across[~border].mean()
+    return ratio(images) / ratio(true)
+
+
+def seams(sampler, n):
+    """Seam ratios at the borders of the regions of every brick, against as many other true scenes of that size."""
+    if sampler.model.info.get("dataset") != "landscapes":
+        raise ValueError("--seams compares with true scenes, which only the landscapes data set has at any size")
+    images = np.concatenate(list(sampler.batches(n)))
+    true, other = (landscapes(2 ** 32 + 1 + i, range(n), *sampler.size)[0] for i in range(2))
+    print("borders every   across rows  across columns   (in brackets: true scenes against other true scenes)")
+    for region in sorted({b.region for b in sampler.model.config.bricks}):
+        cells = [f"{seam_ratio(images, true, region, axis):.2f} ({seam_ratio(other, true, region, axis):.2f})"
+                 if sampler.size[axis - 1] > region else "" for axis in (1, 2)]
+        print(f"{region:>6} pixels   {cells[0]:>11}  {cells[1]:>14}")
+
+
 def main():
     a = read_flags()
     out = Path(a.out)
     if out.suffix not in ("", ".png", ".npz"):
         raise ValueError(f"--out {out}: name a FILE.png, a FILE.npz or a folder")
     sampler = Sampler(a)
-    if a.bench:
-        return bench(sampler)
+    if a.bench or a.seams:
+        return bench(sampler) if a.bench else seams(sampler, a.n)
     (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
     began, channels = time.perf_counter(), sampler.model.config.channels
     if a.stages:

@@ -673,6 +673,19 @@ def test_batches_are_shuffled_epochs_and_ranks_share_them():
     assert torch.equal(data.held(3)[0], data.held(4)[0][:3]) and len(data.held(99)[0]) == 10
 
 
+def test_muon_is_torchs_muon():
+    weights = [rand(*shape, seed=i) for i, shape in enumerate([(8, 24), (8, 24), (24, 8), (8, 8)])]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in weights] for _ in range(2))
+    optimizers = train_tiny.Muon(ours, 1e-2), torch.optim.Muon(theirs, 1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for i, (a, b) in enumerate(zip(ours, theirs)):
+            a.grad = b.grad = None if (step, i) == (1, 2) else rand(*a.shape, seed=10 * step + i)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, w in zip(ours, theirs, weights):
+        assert (a - b).abs().max() < .02 * (b - w).abs().max()                        # both multiply in bfloat16
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves `files` on loopback, with ranges; a path under /broken stops half-way, under /error it is an error page."""
     files, ranges = {}, []

@@ -414,7 +414,7 @@ def read_flags():
     flag(p, "--objective", "edm", "edm or ddpm", choices=list(OBJECTIVES))
     flag(p, "--steps", None, "budget in optimizer steps", type=int)
     flag(p, "--minutes", 10.0, "budget in minutes, when --steps is not given", type=float)
-    flag(p, "--batch", 16, "images per step, over all processes", type=int)
+    flag(p, "--batch", 32, "images per step, over all processes", type=int)
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
     flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number per brick, comma "
          "separated (default: 1 for bricks of 64 tokens an image or fewer, else the share that makes them 64)")
@@ -479,12 +479,39 @@ def region_fractions(text, config):
     return shares
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) as in torch.optim, with steps of AdamW's size. The same steps (a test compares them), but all
+    matrices of one shape are orthogonalised in one batch: on 2 cores that takes 15 ms where torch.optim.Muon takes 50."""
+
+    def __init__(self, parameters, lr, momentum=0.95):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, same in shapes.items():
+                grads = [p.grad for p in same]
+                averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in same]
+                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+                x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"])).bfloat16()      # (n, rows, columns)
+                x = x.mT if shape[0] > shape[1] else x
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):                                              # Newton-Schulz: singular values go to about 1
+                    a = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+                x = (x.mT if shape[0] > shape[1] else x).float()
+                torch._foreach_sub_(same, list(x.unbind()), alpha=0.2 * math.sqrt(max(shape)) * group["lr"])
+
+
 def make_optimizers(model, lr):
-    """Muon for the matrices inside the Transformer blocks, AdamW for all else; one learning rate suits both, since Muon's
-    steps are scaled to the size of AdamW's."""
+    """Muon for the matrices inside the Transformer blocks, AdamW for all else, with one learning rate."""
     inner = [p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2 and "adaln" not in name]
     outer = [p for p in model.parameters() if all(p is not q for q in inner)]
-    return [torch.optim.Muon(inner, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+    return [Muon(inner, lr),
             torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=outer[0].device.type != "mps")]
 
 
@@ -603,10 +630,10 @@ class Trainer:
         # The processes follow one clock and stop together: their average rides along with the gradients.
         self.seconds, stop = share(self.parameters, [time.perf_counter() - self.began, float(len(self.stop))], self.world)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        warm_up, decay = min(1, (progress + 1e-3) / 0.02), 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        warm_up, decay = (progress + 1e-3) / 0.02, (1 - progress) / 0.4         # rises for a fiftieth, falls for the last 0.4
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = s.lr * warm_up * (0.02 + 0.98 * decay)
+                group["lr"] = s.lr * max(0.01, min(1, warm_up, decay))
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
