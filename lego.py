@@ -231,11 +231,11 @@ class Brick(nn.Module):
     Local-feature enrichment turns every patch of [z, x, coordinates] into a token; global-content orchestration lets the
     tokens of a region attend to each other; a linear map decodes each token to its pixels. Weights are shared by all regions.
 
-    Any canvas: H and W are padded to whole regions, and padding never mixes with what is real, since tokens attend only
-    within their group. `offset` shifts the grid of regions (down, right; rounded to whole patches), which costs nothing: the
-    canvas is rolled, and what comes round from the far side is a group of its own unless `wrap` lets the scene go round
-    sideways. Coordinates (ours): region i of n along an axis takes those of region floor(i m / n) of the m in a training
-    image, so that no brick ever meets coordinates it was not trained on."""
+    Any canvas: H and W are padded to whole regions with copies of the edge, and tokens of padding alone are never looked at.
+    `offset` shifts the grid of regions and patches down and right by any number of pixels, at the cost of one more row and
+    column of regions; with `wrap` the scene goes round sideways and the canvas is rolled instead, at no cost. Coordinates
+    (ours): region i of n along an axis takes those of region floor(i m / n) of the m in a training image, so that no brick
+    ever meets coordinates it was not trained on."""
 
     def __init__(self, spec, config, first):
         super().__init__()
@@ -249,48 +249,49 @@ class Brick(nn.Module):
         self.decode = nn.Linear(D, config.channels * pixels)
         self.register_buffer("position", position_table(spec.region // spec.patch, D), persistent=False)
 
-    def coordinates(self, length, device):
-        """Positions in [-1, 1] along an axis of `length` pixels, padding included: (regions * region,)."""
-        region, size = self.spec.region, length if self.config.stretch else self.config.size
-        n, m = math.ceil(length / region), math.ceil(size / region)
-        start = torch.arange(n, device=device) * m // n * region                                  # (n,)
-        pixel = (start[:, None] + torch.arange(region, device=device)).flatten()
-        return 2 * pixel / max(size - 1, 1) - 1
-
-    def groups(self, length, shift, wrap, device):
-        """Which group every token row (or column) of the shifted canvas belongs to: (n regions, tokens per side)."""
-        region, patch = self.spec.region, self.spec.patch
-        padded = math.ceil(length / region) * region
-        ids = (torch.arange(0, padded, patch, device=device) >= length).long()                    # 1: only padding
-        ids = ids.roll(-shift // patch)
-        if not wrap or padded != length:
-            ids[len(ids) - shift // patch:] += 2                                                  # 2: from the far side
-        return ids.view(-1, region // patch)
-
-    def mask(self, H, W, shift, wrap, device):
-        """(R, N, N), True where attention is allowed; None where everything in every region may meet."""
+    def layout(self, length, offset, wrap=False):
+        """How an axis of `length` pixels is cut: (padding before, length with padding, pixels to roll by)."""
         region = self.spec.region
-        if H % region == 0 and W % region == 0 and shift[0] == 0 and (wrap or shift[1] == 0):
+        if wrap and length % region == 0:
+            return 0, length, offset % region
+        before = -offset % region
+        return before, math.ceil((before + length) / region) * region, 0
+
+    def coordinates(self, before, padded, length, device):
+        """Positions in [-1, 1] along an axis, padding included: (padded,)."""
+        region, size, pixel = self.spec.region, self.config.size, torch.arange(padded, device=device)
+        if self.config.stretch:
+            return 2 * (pixel - before) / max(length - 1, 1) - 1
+        seen = pixel // region * math.ceil(size / region) // (padded // region) * region          # the region's start
+        return 2 * (seen + pixel % region) / max(size - 1, 1) - 1
+
+    def mask(self, rows, columns, H, W, device):
+        """(R, N, N), True where attention is allowed, for the layouts of both axes; None where everything is."""
+        if rows[1] == H and columns[1] == W:
             return None
-        rows, columns = self.groups(H, shift[0], False, device), self.groups(W, shift[1], wrap, device)
-        group = (4 * rows[:, None, :, None] + columns[None, :, None, :]).reshape(-1, self.spec.tokens)   # (R, N)
-        return group[:, :, None] == group[:, None, :]
+        real = []
+        for (before, padded, _), length in ((rows, H), (columns, W)):
+            start = torch.arange(0, padded, self.spec.patch, device=device)
+            real.append(((start + self.spec.patch > before) & (start < before + length)).view(-1, self.spec.region // self.spec.patch))
+        real = (real[0][:, None, :, None] & real[1][None, :, None, :]).reshape(-1, self.spec.tokens)    # (R, N)
+        return real[:, :, None] == real[:, None, :]
 
     def forward(self, x, z, c, regions=None, offset=(0, 0), wrap=False):
         """x and z (B, C, H, W), c (B, D), `regions` a tensor of region indices to run (None: all). Returns the new z;
         outside the chosen regions it is the old one."""
         B, (H, W), region, patch = len(x), x.shape[2:], self.spec.region, self.spec.patch
-        Hp, Wp = (n * region for n in self.spec.grid(H, W))
-        shift = [o % region // patch * patch for o in offset]
+        rows, columns = self.layout(H, offset[0]), self.layout(W, offset[1], wrap)
+        (top, Hp, _), (left, Wp, roll) = rows, columns
 
         def cut(canvas):                                                            # to (B, R, N, patch * patch * channels)
-            canvas = pad(canvas, (0, Wp - W, 0, Hp - H))
-            return patchify(canvas.roll((-shift[0], -shift[1]), (2, 3)) if any(shift) else canvas, region, patch)
+            canvas = canvas.roll(-roll, 3) if roll else canvas
+            canvas = pad(canvas, (left, Wp - W - left, top, Hp - H - top), mode="replicate") if (Hp, Wp) != (H, W) else canvas
+            return patchify(canvas, region, patch)
 
-        rows = self.coordinates(H, x.device).view(1, 1, Hp, 1).expand(1, 1, Hp, Wp)
-        columns = self.coordinates(W, x.device).view(1, 1, 1, Wp).expand(1, 1, Hp, Wp)
-        place = patchify(torch.cat([rows, columns], 1).to(x.dtype), region, patch)                # (1, R, N, p * p * 2)
-        mask = self.mask(H, W, shift, wrap, x.device)
+        place = torch.stack([self.coordinates(top, Hp, H, x.device)[:, None].expand(Hp, Wp),
+                             self.coordinates(left, Wp, W, x.device)[None, :].expand(Hp, Wp)])[None]
+        place = patchify(place.to(x.dtype), region, patch)                                        # (1, R, N, p * p * 2)
+        mask = self.mask(rows, columns, H, W, x.device)
         if mask is not None:
             mask = mask if regions is None else mask[regions]
             mask = mask[:, None].repeat(B, 1, 1, 1)                                               # (B * R, 1, N, N)
@@ -308,8 +309,8 @@ class Brick(nn.Module):
 
         new = new + z[:, chosen] if self.config.residual else new
         z = new if regions is None else z.index_copy(1, regions, new)
-        z = unpatchify(z, region, patch, Hp, Wp)
-        return (z.roll(shift, (2, 3)) if any(shift) else z)[:, :, :H, :W]
+        z = unpatchify(z, region, patch, Hp, Wp)[:, :, top:top + H, left:left + W]
+        return z.roll(roll, 3) if roll else z
 
 
 # ---- Backbone --------------------------------------------------------------------------------------------------------
@@ -362,14 +363,14 @@ class Lego(nn.Module):
             out.append(z)
         return out if return_all else z
 
-    def flops(self, H, W, skip=()):
+    def flops(self, H, W, skip=(), offset=(0, 0), wrap=False):
         """Floating-point operations for one image and one evaluation (a multiply-add is two), as a list: one number for
-        every brick, 0 where skipped, and last the shared embeddings."""
+        every brick, 0 where skipped, and last the shared embeddings. Arguments as for `forward`."""
         cfg, D, kept = self.config, self.config.width, self.kept(skip)
         macs = [0] * len(self.bricks) + [256 * D + D * D + cfg.classes * D]
         for k in kept:
             spec, brick = cfg.bricks[k], self.bricks[k]
-            tokens = math.prod(spec.grid(H, W)) * spec.tokens
+            tokens = brick.layout(H, offset[0])[1] * brick.layout(W, offset[1], wrap)[1] // spec.patch ** 2
             block = (4 + 2 * cfg.mlp_ratio) * D * D + 2 * spec.tokens * D
             ends = (brick.local.in_features + brick.decode.out_features + D * cfg.local_mlp) * D
             macs[k] = tokens * (ends + spec.depth * block) + (6 * spec.depth + 2) * D * D
@@ -493,7 +494,7 @@ class Diffusion:
         the training height, as wide as the canvas asks; a width beyond one training image goes round like a panorama, with the
         grid of regions shifted sideways at every step so that no seam stays. It is then enlarged in steps of at most two, and
         each time noise of level `refine` is added and removed by the last steps of the same walk, with the grid shifted both
-        ways and no wrapping. A lower canvas is a shrunken one, a narrower canvas the middle of a full one."""
+        ways, so that neither regions nor patches leave their mark. A lower canvas is a shrunken one, a narrower canvas the middle of a full one."""
         (B, C, H, W), size, device = shape, model.config.size, next(model.parameters()).device
         sampler, steps = sampler or self.sampler, steps or self.steps
         if sampler not in SAMPLERS:

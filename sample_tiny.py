@@ -134,7 +134,7 @@ class Sampler:
 
     def count(self, model, arguments, settings):
         x = arguments[0]
-        self.flops += len(x) * sum(model.flops(*x.shape[2:], settings["skip"]))
+        self.flops += len(x) * sum(model.flops(*x.shape[2:], settings["skip"], settings["offset"], settings["wrap"]))
 
     def images(self, numbers, **settings):
         """float images (n, C, H, W) of these numbers."""

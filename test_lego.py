@@ -165,35 +165,34 @@ def test_a_new_network_is_zero_and_its_blocks_the_identity():
 
 
 def slow_brick(brick, x, z, c, offset=(0, 0), wrap=False):
-    """A brick by plain loops over one image in float64: every region, every group, token by token."""
+    """A brick by plain loops over one image: every region, every token, every pixel."""
     (C, H, W), (r, p), cfg = x.shape, (brick.spec.region, brick.spec.patch), brick.config
-    rows, columns = math.ceil(H / r), math.ceil(W / r)
-    dy, dx = (o % r // p * p for o in offset)
     wraps = wrap and W % r == 0
+    top, left = -offset[0] % r, 0 if wraps else -offset[1] % r                        # the canvas lies this far inside the grid
+    turn = offset[1] % r if wraps else 0
+    rows, columns = math.ceil((top + H) / r), math.ceil((left + W) / r)
     place = [[2 * (i * math.ceil(cfg.size / r) // n * r + j) / (cfg.size - 1) - 1 for i in range(n) for j in range(r)]
              for n in (rows, columns)]
     if cfg.stretch:
-        place = [[2 * i / max(side - 1, 1) - 1 for i in range(n * r)] for n, side in ((rows, H), (columns, W))]
+        place = [[2 * (i - before) / max(side - 1, 1) - 1 for i in range(n * r)] for n, side, before in ((rows, H, top), (columns, W, left))]
     out = z.clone()
-    for top, left in itertools.product(range(0, rows * r, r), range(0, columns * r, r)):
-        groups = {}
-        for i, j in itertools.product(range(0, r, p), range(0, r, p)):
-            y0, x0 = (top + i + dy) % (rows * r), (left + j + dx) % (columns * r)
-            if y0 < H and x0 < W:
-                groups.setdefault((top + i + dy >= rows * r, left + j + dx >= columns * r and not wraps), []).append((i, j, y0, x0))
-        for tokens in groups.values():
+    for y, x_ in itertools.product(range(0, rows * r, r), range(0, columns * r, r)):
+        inside = lambda i, j: 0 <= y + i - top < H and 0 <= x_ + j - left < W
+        at = lambda i, j: (min(max(y + i - top, 0), H - 1), (min(max(x_ + j - left, 0), W - 1) + turn) % W)
+        tokens = [(i, j) for i, j in itertools.product(range(0, r, p), range(0, r, p))
+                  if any(inside(i + a, j + b) for a, b in itertools.product(range(p), range(p)))]
+        if tokens:
             pixels = []
-            for i, j, y0, x0 in tokens:
+            for i, j in tokens:
                 channels = {name: torch.zeros(p, p, size, dtype=x.dtype) for name, size in (("z", C), ("x", C), ("m", 2))}
                 for a, b in itertools.product(range(p), range(p)):
-                    if y0 + a < H and x0 + b < W:
-                        channels["z"][a, b], channels["x"][a, b] = z[:, y0 + a, x0 + b], x[:, y0 + a, x0 + b]
-                    channels["m"][a, b] = torch.tensor([place[0][top + i + a], place[1][left + j + b]])
+                    channels["z"][a, b], channels["x"][a, b] = z[(slice(None), *at(i + a, j + b))], x[(slice(None), *at(i + a, j + b))]
+                    channels["m"][a, b] = torch.tensor([place[0][y + i + a], place[1][x_ + j + b]])
                 pixels.append(torch.cat([channels[name].flatten() for name in ("zxm"[brick.first:])]))
             h = brick.local(torch.stack(pixels))
             if brick.local_mlp is not None:
                 h = brick.local_mlp(gelu(h, approximate=cfg.gelu))
-            h = h + torch.stack([brick.position[i // p * (r // p) + j // p] for i, j, _, _ in tokens])
+            h = h + torch.stack([brick.position[i // p * (r // p) + j // p] for i, j in tokens])
             for block in brick.blocks:
                 s1, a1, g1, s2, a2, g2 = block.adaln(c).chunk(6)
                 q, k, v = block.qkv(layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + a1) + s1).chunk(3, 1)
@@ -203,10 +202,11 @@ def slow_brick(brick, x, z, c, offset=(0, 0), wrap=False):
                 h = h + g2 * block.fc2(gelu(block.fc1(layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + a2) + s2), approximate=cfg.gelu))
             shift, scale = brick.adaln(c).chunk(2)
             new = brick.decode(layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift).view(-1, p, p, C)
-            for (_, _, y0, x0), patch in zip(tokens, new):
+            for (i, j), patch in zip(tokens, new):
                 for a, b in itertools.product(range(p), range(p)):
-                    if y0 + a < H and x0 + b < W:
-                        out[:, y0 + a, x0 + b] = patch[a, b] + (z[:, y0 + a, x0 + b] if cfg.residual else 0)
+                    if inside(i + a, j + b):
+                        where = (slice(None), *at(i + a, j + b))
+                        out[where] = patch[a, b] + (z[where] if cfg.residual else 0)
     return out
 
 
@@ -282,9 +282,10 @@ def test_skipping_equals_a_stack_built_without_those_bricks(skip):
 def test_skipped_bricks_cost_nothing():
     model, x = filled(SMALL), rand(1, 3, 16, 24)
     for skip in [s for n in range(4) for s in itertools.combinations(range(4), n)]:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(x, torch.zeros(1), skip=skip)
-        assert counter.get_total_flops() == sum(model.flops(16, 24, skip))
+        for settings in (dict(), dict(offset=(3, 5)), dict(offset=(0, 5), wrap=True)):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(x, torch.zeros(1), skip=skip, **settings)
+            assert counter.get_total_flops() == sum(model.flops(16, 24, skip, **settings))
     assert sum(model.flops(16, 16)) == pytest.approx(2 * sum(model.flops(16, 16, (2, 3))), rel=.6)
 
 
