@@ -8,8 +8,7 @@ A LEGO network is a stack of bricks. Every brick sees the whole noisy image x an
 both into regions, each region into patches, turns every patch into a token with a small MLP, lets the tokens of a region
 attend to each other, and hands on a new full-resolution z. Since every z estimates the same thing, a brick can be left out.
 
-Read from top to bottom: stack specification, building blocks, brick, backbone, diffusion and sampling,
-checkpoints.
+Read from top to bottom: stack specification, building blocks, brick, backbone, diffusion and sampling, checkpoints.
 
 Symbols: x noisy image, x0 clean image in [-1, 1], z estimate handed from brick to brick, F raw network output (what z holds),
 sigma noise level, c condition, B batch, C channels, H x W canvas, R regions per image, N tokens per region, D width.
@@ -481,11 +480,12 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, labels=None, *, steps=None, sampler=None, skip=(), guidance=1.0, generator=None, guide=None,
-               callback=None, clip=False, churn=0.0, refine=0.5):
+               callback=None, clip=False, churn=0.0, refine=0.3):
         """Images (B, C, H, W), about [-1, 1], of the `shape` asked for, from noise.
 
-        steps: noise levels walked (None: 18 for EDM, 100 for DDPM). sampler: "heun" (Karras et al. 2022, algorithm 2; two evaluations a step), "euler" (which is
-        DDIM, Song et al. 2021) or "ancestral" (Ho et al. 2020). churn: S_churn of Karras et al. for "heun" and "euler".
+        steps: noise levels walked (None: 18 for EDM, 100 for DDPM). sampler: "heun" (Karras et al. 2022, algorithm 2; two
+        evaluations a step), "euler" (which is DDIM, Song et al. 2021) or "ancestral" (Ho et al. 2020); None: heun for EDM,
+        ancestral for DDPM. churn: S_churn of Karras et al. for "heun" and "euler".
         skip: brick indices, or a function of the progress (0 at pure noise, 1 at the end) giving them for a step.
         generator: one CPU generator, or a list with one per image. guide(x0_hat, x, sigma) -> x0_hat corrects every estimate.
         clip: clamp estimates to [-1, 1]. callback(done, total, x0_hat) is called after every step.

@@ -867,6 +867,16 @@ def test_sampling_says_what_it_does(trained, tmp_path, capsys):
     assert float(table[6].split()[1][:-1]) == pytest.approx(100 * sum(model.flops(16, 16, (1, 2))) / sum(model.flops(16, 16)), abs=.06)
 
 
+def test_seam_ratio(trained, capsys):
+    column = np.arange(32)
+    steps, ramp = ((c.astype(np.uint8)[None, None, :, None] * np.ones((2, 32, 1, 3), np.uint8)) for c in (column // 8 * 10 + column % 8, column))
+    assert sample_tiny.seam_ratio(steps, ramp, 8, 2) == pytest.approx(3)              # 3 across borders, 1 elsewhere
+    assert sample_tiny.seam_ratio(steps.transpose(0, 2, 1, 3), ramp.transpose(0, 2, 1, 3), 8, 1) == pytest.approx(3)
+    assert in_process(sample_tiny, "--ckpt", trained / "checkpoint.pt", "--seams", "--n", 4, "--steps", 3, "--size", "16x32") == 0
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split()[0] for row in rows] == ["8", "16"] and len(re.findall(r"\d\.\d\d \(\d\.\d\d\)", rows[0])) == 2
+
+
 @pytest.mark.parametrize("flags, word", [
     (["--dataset", "nowhere"], "nowhere"), (["--bricks", "16/5x1"], "take region 20"), (["--preset", "huge"], "unknown preset"),
     (["--steps", "0"], "--steps"), (["--minutes", "nan"], "--minutes"), (["--lr", "-1"], "--lr"), (["--batch", "0"], "--batch"),

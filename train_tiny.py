@@ -480,8 +480,8 @@ def region_fractions(text, config):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) as in torch.optim, with steps of AdamW's size. The same steps (a test compares them), but all
-    matrices of one shape are orthogonalised in one batch: on 2 cores that takes 15 ms where torch.optim.Muon takes 50."""
+    """Muon (Jordan et al. 2024): torch.optim.Muon with steps of AdamW's size (a test compares them), but all matrices of one
+    shape are orthogonalised in one batch, which is three times faster on 2 CPU cores: 15 ms a step, not 52."""
 
     def __init__(self, parameters, lr, momentum=0.95):
         super().__init__(parameters, dict(lr=lr, momentum=momentum))
