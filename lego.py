@@ -417,11 +417,11 @@ class Diffusion:
         """(scalar loss, detached losses (B, K) of every brick, sigma (B,)) for x0 (B, C, H, W) in [-1, 1].
 
         Mean over the bricks run of the mean squared error of F (paper, equation 6, with lambda = 1 / c_out^2). A brick not run
-        has NaN. region_fraction: for every brick the share of its regions to run and to learn from; brick_drop: chance of
-        leaving a brick out of this batch; label_drop: chance of hiding a label. The regions of all bricks are those nearest to one
-        random point (sideways and down round the edge), so that most regions meet the refined z that they will meet when sampling. Draws come from the CPU `generator`, unless
-        sigma (B,) and noise (B, C, H, W) are given. shard (rank, world): x0 is the rank-th part of a batch shared by `world`
-        processes; the draws are those of the whole batch."""
+        has NaN. region_fraction: for every brick the share of its regions to run and to learn from, those nearest to one random
+        point (counted round the edges), so that most regions meet the refined z that they will meet when sampling.
+        brick_drop: chance of leaving a brick out of this batch; label_drop: chance of hiding a label. Draws come from the CPU
+        `generator`, unless sigma (B,) and noise (B, C, H, W) are given. shard (rank, world): x0 is the rank-th part of a batch
+        shared by `world` processes; the draws are those of the whole batch."""
         (B, device), (rank, world), K = (len(x0), x0.device), shard, len(model.config.bricks)
         n, mine = world * B, slice(rank * B, (rank + 1) * B)
         if sigma is None:               # one draw from each n-th of the distribution: less noise in the loss, same average

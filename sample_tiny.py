@@ -179,7 +179,7 @@ def stages(sampler, columns=9):
     levels = [levels[round(i * (len(levels) - 1) / (columns - 1))] for i in range(columns)]
     print("noise levels " + ", ".join(f"{s:.3g}" for s in levels))
     rows = torch.stack([seen[level] for level in levels], 1).flatten(0, 1)
-    return picture(to_bytes(rows), columns, enlarge=max(1, 96 // sampler.size[0]))
+    return picture(to_bytes(rows), columns)
 
 
 def bench(sampler):
@@ -245,10 +245,10 @@ def main():
             raise ValueError(f"{a.n} images of {sampler.size[0]}x{sampler.size[1]} are too much for one picture: name a folder")
         columns = min(a.n, max(1, round(8 * sampler.size[0] / sampler.size[1])))
         images = np.concatenate(list(sampler.batches(a.n)))
-        save_picture(picture(images, columns, enlarge=max(1, 96 // sampler.size[0])), out)
+        save_picture(picture(images, columns), out)
     else:
         for i, image in enumerate(itertools.chain.from_iterable(sampler.batches(a.n))):
-            save_picture(picture(image[None], 1), out / f"{i:06d}.png")
+            save_picture(picture(image[None], 1, enlarge=False), out / f"{i:06d}.png")
     seconds = time.perf_counter() - began
     print(f"{a.n} images of {sampler.size[0]}x{sampler.size[1]} in {seconds:.1f} s: {sampler.flops / a.n / 1e9:.2f} GFLOPs and "
           f"{1000 * seconds / a.n:.1f} ms per image, written to {out}")

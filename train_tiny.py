@@ -334,8 +334,9 @@ def load_data(name, folder, size):
 # ---- Pictures and command line, shared with sample_tiny.py -----------------------------------------------------------
 
 
-def picture(images, columns, enlarge=1):
-    """One Pillow image of uint8 images (n, H, W, C) in rows of `columns`, with a thin white line between them."""
+def picture(images, columns, enlarge=True):
+    """One Pillow image of uint8 images (n, H, W, C) in rows of `columns`, with a thin white line between them; `enlarge`
+    repeats pixels until an image is at least 96 high."""
     n, H, W, C = images.shape
     rows = math.ceil(n / columns)
     sheet = np.full((rows * (H + 1) - 1, columns * (W + 1) - 1, C), 255, np.uint8)
@@ -343,7 +344,8 @@ def picture(images, columns, enlarge=1):
         top, left = i // columns * (H + 1), i % columns * (W + 1)
         sheet[top:top + H, left:left + W] = image
     sheet = Image.fromarray(sheet.squeeze(2) if C == 1 else sheet)
-    return sheet.resize((sheet.width * enlarge, sheet.height * enlarge), Image.NEAREST)
+    times = math.ceil(96 / H) if enlarge else 1
+    return sheet.resize((sheet.width * times, sheet.height * times), Image.NEAREST)
 
 
 def save_picture(sheet, path):
@@ -555,7 +557,7 @@ def sample_sheet(model, diffusion, autocast, seed=0):
         images = diffusion.sample(model, (4 * columns, model.config.channels, model.config.size, model.config.size),
                                   None if labels is None else labels.to(next(model.parameters()).device),
                                   generator=[generator(seed, i) for i in range(4 * columns)], clip=True)
-    return picture(to_bytes(images), columns, enlarge=max(1, 96 // model.config.size))
+    return picture(to_bytes(images), columns)
 
 
 class Stream(torch.utils.data.Dataset):
