@@ -268,10 +268,10 @@ class Brick(nn.Module):
         """(R, N, N), True where attention is allowed, for the layouts of both axes; None where everything is."""
         if rows[1] == H and columns[1] == W:
             return None
-        real = []
+        patch, real = self.spec.patch, []
         for (before, padded, _), length in ((rows, H), (columns, W)):
-            start = torch.arange(0, padded, self.spec.patch, device=device)
-            real.append(((start + self.spec.patch > before) & (start < before + length)).view(-1, self.spec.region // self.spec.patch))
+            start = torch.arange(0, padded, patch, device=device)
+            real.append(((start + patch > before) & (start < before + length)).view(-1, self.spec.region // patch))
         real = (real[0][:, None, :, None] & real[1][None, :, None, :]).reshape(-1, self.spec.tokens)    # (R, N)
         return real[:, :, None] == real[:, None, :]
 
@@ -347,7 +347,7 @@ class Lego(nn.Module):
         x (B, C, H, W), any H and W, already scaled by c_in; c_noise (B,); labels (B,) int64 in 0..classes, where the index
         `classes`, like None, is "no label". skip: indices of bricks to leave out, which then cost nothing. regions: for every
         brick the region indices to run, or None for all. offset, wrap: see `Brick`. ValueError on a bad `skip` or label."""
-        c = self.time(time_features(self.config.time_scale * c_noise))                                                     # (B, D)
+        c = self.time(time_features(self.config.time_scale * c_noise))                            # (B, D)
         if self.label is not None:
             labels = torch.full_like(c_noise, self.config.classes, dtype=torch.long) if labels is None else labels
             # "No label" is the zero vector, which leaves the bias.
@@ -494,7 +494,8 @@ class Diffusion:
         the training height, as wide as the canvas asks; a width beyond one training image goes round like a panorama, with the
         grid of regions shifted sideways at every step so that no seam stays. It is then enlarged in steps of at most two, and
         each time noise of level `refine` is added and removed by the last steps of the same walk, with the grid shifted both
-        ways, so that neither regions nor patches leave their mark. A lower canvas is a shrunken one, a narrower canvas the middle of a full one."""
+        ways, so that neither regions nor patches leave their mark. A lower canvas is a shrunken one, a narrower canvas the
+        middle of a full one."""
         (B, C, H, W), size, device = shape, model.config.size, next(model.parameters()).device
         sampler, steps = sampler or self.sampler, steps or self.steps
         if sampler not in SAMPLERS:
@@ -505,10 +506,10 @@ class Diffusion:
         total = steps + (steps - joins) * sum(h > size for h, _ in sizes[1:])
         done = 0
 
-        def walk(x, start, down, wrap):
-            """From x at level sigmas[start] to a clean image; `down`: the grid shifts in both directions."""
+        def walk(x, start, down, across):
+            """From x at level sigmas[start] to a clean image, the grid shifting down, across, both or not at all."""
             nonlocal done
-            across = down or wrap
+            wrap = across and not down
             for i in range(start, steps):
                 sigma, lower = sigmas[i], sigmas[i + 1]
                 # Offsets that spread evenly (Roberts' R2 sequence) leave no seam in place and need no random numbers.
@@ -545,12 +546,12 @@ class Diffusion:
 
         h, w = sizes[0]
         whole = (B, C, size, math.ceil(w / size) * size)
-        x0 = walk(sigmas[0] * normal(whole, generator, device), 0, down=False, wrap=w > size)
+        x0 = walk(sigmas[0] * normal(whole, generator, device), 0, down=False, across=w > size)
         x0 = x0[..., (whole[3] - w) // 2:][..., :w]
         for h, w in sizes[1:]:
             x0 = interpolate(x0, (h, w), mode="bicubic", antialias=True)
             if h > size and joins < steps:
-                x0 = walk(x0 + sigmas[joins] * normal(x0.shape, generator, device), joins, down=True, wrap=False)
+                x0 = walk(x0 + sigmas[joins] * normal(x0.shape, generator, device), joins, down=True, across=True)
         return x0
 
 
