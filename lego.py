@@ -512,8 +512,10 @@ class Diffusion:
             wrap = across and not down
             for i in range(start, steps):
                 sigma, lower = sigmas[i], sigmas[i + 1]
-                # Offsets that spread evenly (Roberts' R2 sequence) leave no seam in place and need no random numbers.
-                offset = int(i * 0.5698 % 1 * size) * down, int(i * 0.7549 % 1 * size) * across
+                # Strides of an odd number of pixels lead the grid through every phase of the patches, so that no seam stays
+                # in place, and need no random numbers.
+                turn = i - start + 1
+                offset = turn * (2 * (size // 6) + 1) % size * down, turn * (2 * (size // 5) + 1) % size * across
                 skipped = skip(i / steps) if callable(skip) else skip
 
                 def estimate(x, sigma):
