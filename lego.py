@@ -22,6 +22,7 @@ import math
 import os
 import re
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -195,7 +196,7 @@ def attention(q, k, v, mask=None):
 
 def modulate(h, shift, scale):
     """Layer norm without weights of its own, then the shift and scale that the condition asks for (adaLN)."""
-    return layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class Block(nn.Module):
@@ -217,9 +218,11 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None, None].chunk(6, -1)  # each (B, 1, 1, D)
         qkv = self.qkv(modulate(h, shift1, scale1)).view(B * R, N, 3, self.config.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # each (B * R, heads, N, D / heads)
-        h = h + gate1 * self.proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, R, N, D))
-        return h + gate2 * self.fc2(gelu(self.fc1(modulate(h, shift2, scale2)), approximate=self.config.gelu))
+        h = torch.addcmul(h, gate1, self.proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, R, N, D)))
+        return torch.addcmul(h, gate2, self.fc2(gelu(self.fc1(modulate(h, shift2, scale2)), approximate=self.config.gelu)))
 
+
+CHUNK = dict(cpu=4096, gpu=65536)       # tokens that a brick works on at a time when sampling
 
 # ---- Brick -----------------------------------------------------------------------------------------------------------
 
@@ -275,38 +278,42 @@ class Brick(nn.Module):
         real = (real[0][:, None, :, None] & real[1][None, :, None, :]).reshape(-1, self.spec.tokens)    # (R, N)
         return real[:, :, None] == real[:, None, :]
 
-    def forward(self, x, z, c, regions=None, offset=(0, 0), wrap=False):
-        """x and z (B, C, H, W), c (B, D), `regions` a tensor of region indices to run (None: all). Returns the new z;
-        outside the chosen regions it is the old one."""
-        B, (H, W), region, patch = len(x), x.shape[2:], self.spec.region, self.spec.patch
-        rows, columns = self.layout(H, offset[0]), self.layout(W, offset[1], wrap)
-        (top, Hp, _), (left, Wp, roll) = rows, columns
-
-        def cut(canvas):                                                            # to (B, R, N, patch * patch * channels)
-            canvas = canvas.roll(-roll, 3) if roll else canvas
-            canvas = pad(canvas, (left, Wp - W - left, top, Hp - H - top), mode="replicate") if (Hp, Wp) != (H, W) else canvas
-            return patchify(canvas, region, patch)
-
-        place = torch.stack([self.coordinates(top, Hp, H, x.device)[:, None].expand(Hp, Wp),
-                             self.coordinates(left, Wp, W, x.device)[None, :].expand(Hp, Wp)])[None]
-        place = patchify(place.to(x.dtype), region, patch)                                        # (1, R, N, p * p * 2)
-        mask = self.mask(rows, columns, H, W, x.device)
-        if mask is not None:
-            mask = mask if regions is None else mask[regions]
-            mask = mask[:, None].repeat(B, 1, 1, 1)                                               # (B * R, 1, N, N)
-        chosen = slice(None) if regions is None else regions
-        z = cut(z)
-        inputs = [z, cut(x), place.expand(B, -1, -1, -1)][1 if self.first else 0:]
-        h = self.local(torch.cat([i[:, chosen] for i in inputs], -1))                             # (B, R, N, D)
+    def correction(self, pixels, c, mask):
+        """Regions of pixels (B, R, N, inputs) through enrichment, orchestration and decoding: (B, R, N, p * p * C)."""
+        h = self.local(pixels.to(c.dtype))                                                        # (B, R, N, D)
         if self.local_mlp is not None:
             h = self.local_mlp(gelu(h, approximate=self.config.gelu))
         h = h + self.position.to(h.dtype)
+        if mask is not None:
+            mask = mask[:, None].repeat(len(h), 1, 1, 1)                                          # (B * R, 1, N, N)
         for block in self.blocks:
             h = block(h, c, mask)
-        head_shift, head_scale = self.adaln(c)[:, None, None].chunk(2, -1)
-        new = self.decode(modulate(h, head_shift, head_scale)).to(z.dtype)                        # (B, R, N, p * p * C)
+        return self.decode(modulate(h, *self.adaln(c)[:, None, None].chunk(2, -1))).to(pixels.dtype)
 
-        new = new + z[:, chosen] if self.config.residual else new
+    def forward(self, x, z, c, regions=None, offset=(0, 0), wrap=False):
+        """x and z (B, C, H, W), c (B, D), `regions` a tensor of region indices to run (None: all). Returns the new z;
+        outside the chosen regions it is the old one."""
+        (B, C, H, W), region, patch = x.shape, self.spec.region, self.spec.patch
+        (top, Hp, _), (left, Wp, roll) = rows, columns = self.layout(H, offset[0]), self.layout(W, offset[1], wrap)
+        canvas = torch.cat([z, x], 1)                                                             # (B, 2C, H, W)
+        canvas = canvas.roll(-roll, 3) if roll else canvas
+        if (Hp, Wp) != (H, W):
+            canvas = pad(canvas, (left, Wp - W - left, top, Hp - H - top), mode="replicate")
+        place = torch.stack([self.coordinates(top, Hp, H, x.device)[:, None].expand(Hp, Wp),
+                             self.coordinates(left, Wp, W, x.device)[None, :].expand(Hp, Wp)]).to(x.dtype)
+        pixels = patchify(torch.cat([canvas, place.expand(B, -1, -1, -1)], 1), region, patch)     # (B, R, N, p * p * (2C + 2))
+        pixels = pixels.unflatten(3, (patch * patch, -1))                                         # a pixel is [z, x, place]
+        z, mask = pixels[..., :C].flatten(3), self.mask(rows, columns, H, W, x.device)
+        inputs = pixels[..., C if self.first else 0:].flatten(3)
+        if regions is not None:
+            inputs, mask = inputs[:, regions], None if mask is None else mask[regions]
+        R, N = inputs.shape[1:3]
+        # Without gradients the regions go through in chunks: memory is bounded by the chunk, not by the canvas.
+        size = R if torch.is_grad_enabled() else max(1, CHUNK["cpu" if x.device.type == "cpu" else "gpu"] // (B * N))
+        masks = repeat(None) if mask is None else mask.split(size)
+        new = torch.cat([self.correction(part, c, m) for part, m in zip(inputs.split(size, 1), masks)], 1)
+        if self.config.residual:
+            new = new + (z if regions is None else z[:, regions])
         z = new if regions is None else z.index_copy(1, regions, new)
         z = unpatchify(z, region, patch, Hp, Wp)[:, :, top:top + H, left:left + W]
         return z.roll(roll, 3) if roll else z
@@ -347,11 +354,11 @@ class Lego(nn.Module):
         x (B, C, H, W), any H and W, already scaled by c_in; c_noise (B,); labels (B,) int64 in 0..classes, where the index
         `classes`, like None, is "no label". skip: indices of bricks to leave out, which then cost nothing. regions: for every
         brick the region indices to run, or None for all. offset, wrap: see `Brick`. ValueError on a bad `skip` or label."""
-        c = self.time(time_features(self.config.time_scale * c_noise))                            # (B, D)
+        c = self.time(time_features(self.config.time_scale * c_noise).to(self.time[0].weight.dtype))         # (B, D)
         if self.label is not None:
             labels = torch.full_like(c_noise, self.config.classes, dtype=torch.long) if labels is None else labels
             # "No label" is the zero vector, which leaves the bias.
-            c = c + self.label(one_hot(labels, self.config.classes + 1)[:, :-1].float())
+            c = c + self.label(one_hot(labels, self.config.classes + 1)[:, :-1].to(c.dtype))
         elif labels is not None:
             raise ValueError("labels were given, but this network has no classes: pass labels=None")
         c = silu(c)
@@ -693,7 +700,7 @@ def load_official(model, state_dict):
     Their published files are pickled Python classes, which this project never opens. With the authors' code and in its own
     environment, save the tensors once: `torch.save(ema.model.state_dict(), "weights.pt")`, and read that file with
     `torch.load("weights.pt", weights_only=True)`. Their fixed position tables are checked against ours."""
-    ours, C = {}, model.config.channels
+    ours = {}
     for name, tensor in state_dict.items():
         for theirs, mine in OFFICIAL_NAMES:
             name = name.replace(theirs, mine)
@@ -702,9 +709,8 @@ def load_official(model, state_dict):
             if not torch.allclose(tensor.float().reshape(table.shape), table, atol=1e-5):
                 raise ValueError(f"{name}: the position table differs from the released network's")
             continue
-        if name.endswith("local.weight"):           # a convolution (D, [z, x, place], p, p); ours takes z, x, place in turn
-            parts = tensor.split([C, 2] if tensor.shape[1] == C + 2 else [C, C, 2], 1)
-            tensor = torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part in parts], 1)
+        if name.endswith("local.weight"):           # theirs is a convolution (D, [z, x, place], p, p)
+            tensor = tensor.permute(0, 2, 3, 1).flatten(1)
         ours[name] = tensor
     try:
         model.load_state_dict(ours)

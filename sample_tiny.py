@@ -11,6 +11,7 @@ import math
 import re
 import time
 import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lego import OBJECTIVES, SAMPLERS, Diffusion, generator, load_checkpoint, write_aside
-from train_tiny import Parser, command, landscapes, pick_device, pick_precision, picture, save_picture, to_bytes
+from lego import OBJECTIVES, SAMPLERS, BrickSpec, Diffusion, Lego, generator, load_checkpoint, write_aside
+from train_tiny import (Parser, command, landscapes, peak_memory, pick_device, pick_precision, picture, save_picture, timed,
+                        to_bytes)
 
 LARGEST_SHEET = 1 << 26         # pixels of a picture that holds all samples
 
@@ -44,7 +46,8 @@ def read_flags():
                    "PNG files")
     p.add_argument("--stages", action="store_true", help="instead show how one image forms: a column per noise level, the noisy "
                    "image in the first row, every brick's estimate of x0 below")
-    p.add_argument("--bench", action="store_true", help="instead time every subset of bricks against its share of FLOPs")
+    p.add_argument("--bench", action="store_true", help="instead time canvases of several sizes, and every subset of bricks "
+                   "against its share of FLOPs")
     p.add_argument("--seams", action="store_true", help="instead measure how visible the borders of regions are in the samples "
                    "of a landscapes model; 1 is as in true scenes")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -182,24 +185,43 @@ def stages(sampler, columns=9):
     return picture(to_bytes(rows), columns)
 
 
-def bench(sampler):
-    """Time and FLOPs of every subset of bricks, as shares of the full stack's."""
-    K, rows = len(sampler.model.bricks), []
-    subsets = [skip for n in range(K) for skip in itertools.combinations(range(K), n)]
-    for repeat in range(4):                     # in turn, so that a slower machine is slower for all; the first round warms up
-        for i, skip in enumerate(subsets):
-            sampler.flops, began = 0, time.perf_counter()
-            sampler.images(range(sampler.batch), skip=skip, steps=4)
-            if sampler.device.type == "cuda":
-                torch.cuda.synchronize()
-            rows += [(i, skip, sampler.flops, time.perf_counter() - began)] if repeat else []
-    median = lambda i: sorted(t for j, _, _, t in rows if j == i)[1]
-    whole_flops, whole_time = rows[0][2], median(0)
-    print("skipped     FLOPs    time   time saved / FLOPs saved")
-    for i, skip, flops, _ in rows[:len(subsets)]:
-        saved = 1 - flops / whole_flops
-        print(f"{','.join(map(str, skip)) or 'nothing':<10}  {flops / whole_flops:>6.1%}  {median(i) / whole_time:>6.1%}   "
-              + (f"{(1 - median(i) / whole_time) / saved:.2f}" if saved else ""))
+def bench(sampler, rounds=5):
+    """Tables of what pixels and bricks cost. Cases take turns, so that a slow moment of the machine is slow for all."""
+    model, config, device, n = sampler.model, sampler.model.config, sampler.device, sampler.batch
+    spread = lambda times, per: "{1:.4g} ({0:.4g} to {2:.4g})".format(*1000 / per * np.quantile(times, [.1, .5, .9]))
+
+    patch, depth, sides = max(b.patch for b in config.bricks), sum(b.depth for b in config.bricks), (32, 64, 128, 256)
+    nets = {("this stack", side): model for side in sides} | {
+        ("one region", side): Lego(replace(config, bricks=(BrickSpec(side, patch, depth),), size=side)).to(device) for side in sides}
+    times, memory = {case: [] for case in nets}, {}
+    with torch.no_grad(), sampler.autocast():
+        for _, ((name, side), net) in itertools.product(range(rounds + 1), nets.items()):
+            x = torch.zeros(65536 // side ** 2, config.channels, side, side, device=device)
+            times[name, side].append(timed(lambda: Diffusion.denoise(sampler.diffusion, net, x, 1.0), device))
+            memory.setdefault((name, side), peak_memory(device))
+    print(f"\none evaluation of 65,536 pixels in images of several sizes: ms per 1,024 pixels (10% to 90% of {rounds}), and peak memory "
+          f"up to then;\n'one region' is a single brick of {patch}-pixel patches, {depth} blocks deep, whose region is the canvas\n"
+          "canvas     this stack                 MB     one region                 MB")
+    for side in sides:
+        print(f"{side:>3}x{side:<3}" + "".join(f"    {spread(times[name, side][1:], 64):<26} {memory[name, side]:.0f}"
+                                             for name in ("this stack", "one region")))
+
+    K, steps = len(config.bricks), sampler.settings["steps"]
+    subsets = [(skip, 4) for k in range(K) for skip in itertools.combinations(range(K), k)]
+    subsets += [((), steps), (tuple(range(K // 2, K)), steps)]                  # and whole samples, all bricks and half of them
+    times, flops = [[] for _ in subsets], []
+    for i in range(rounds + 1):
+        for (skip, steps), row in zip(subsets, times):
+            sampler.flops = 0
+            row.append(timed(lambda: sampler.images(range(n), skip=skip, steps=steps), device))
+            flops += [] if i else [sampler.flops / n]
+    print(f"\n{n} images of {sampler.size[0]}x{sampler.size[1]}, {sampler.diffusion.sampler}: ms per image (10% to 90% of {rounds})\n"
+          "skipped   steps  GFLOPs  time per image              FLOPs    time   time saved / FLOPs saved")
+    for (skip, steps), row, count in zip(subsets, times, flops):
+        whole = next(i for i, s in enumerate(subsets) if s == ((), steps))
+        saved, share = 1 - count / flops[whole], np.median(np.divide(row, times[whole])[1:])
+        print(f"{','.join(map(str, skip)) or 'nothing':<8} {steps:>6} {count / 1e9:>7.2f}  {spread(row[1:], n):<26} {1 - saved:>6.1%}  "
+              f"{share:>6.1%}   " + (f"{(1 - share) / saved:.2f}" if saved else ""))
 
 
 def seam_ratio(images, true, region, axis):

@@ -9,6 +9,7 @@ SPDX-License-Identifier: MIT
 
 import argparse
 import copy
+import ctypes
 import gzip
 import hashlib
 import io
@@ -43,9 +44,9 @@ PALETTES = np.array([   # sky above, sky below, sun or moon, far ridge, near rid
     [(.22, .47, .88), (.76, .89, 1.), (1., .96, .74), (.52, .64, .76), (.13, .38, .16)],
     [(.27, .20, .50), (1., .55, .27), (1., .87, .50), (.60, .32, .40), (.14, .07, .16)],
     [(.01, .02, .09), (.09, .14, .32), (.96, .95, .86), (.12, .16, .30), (.02, .03, .07)],
-    [(.50, .63, .80), (.90, .93, .96), (1., .98, .88), (.60, .68, .79), (.27, .35, .44)]])
+    [(.50, .63, .80), (.90, .93, .96), (1., .98, .88), (.60, .68, .79), (.27, .35, .44)]], np.float32)
 PERIOD = 8              # a scene repeats sideways after this many times its height
-WAVES = np.array([2, 4, 7, 12, 20, 32, 50, 76]) / PERIOD      # ridge frequencies, per height
+WAVES = [n / PERIOD for n in (2, 4, 7, 12, 20, 32, 50, 76)]   # ridge frequencies, per height
 
 
 def landscapes(seed, indices, H, W):
@@ -54,11 +55,11 @@ def landscapes(seed, indices, H, W):
     Distances are in units of the height, so a scene has the same content at any H, and a larger W shows more of it. Scenes are
     stationary sideways. Edges are antialiased by coverage: a pixel is covered in proportion to its distance from the edge."""
     labels = np.asarray(indices) % 4
-    random = np.stack([np.random.default_rng([seed, i]).random(400) for i in indices])[:, :, None]    # (n, 400, 1)
+    random = np.stack([np.random.default_rng([seed, i]).random(400) for i in indices]).astype(np.float32)[:, :, None]   # (n, 400, 1)
     used = itertools.count()
     draw = lambda low=0., high=1.: low + (high - low) * random[:, next(used)]                         # (n, 1)
-    y = 1 - (np.arange(H)[None, :, None] + .5) / H                                                    # (1, H, 1), up
-    x = (np.arange(W)[None, :] + .5) / H                                                              # (1, W)
+    y = (1 - (np.arange(H)[None, :, None] + .5) / H).astype(np.float32)                               # (1, H, 1), up
+    x = ((np.arange(W)[None, :] + .5) / H).astype(np.float32)                                         # (1, W)
     covers = lambda distance: np.clip(distance * H + .5, 0, 1)[..., None]                             # to (n, H, W, 1)
 
     colours = PALETTES[labels] + .07 * (np.concatenate([draw() for _ in range(15)], 1).reshape(-1, 5, 3) - .5)
@@ -361,6 +362,7 @@ class Parser(argparse.ArgumentParser):
 
 def command(main):
     """Run `main`, turning what a user can cause into one line and exit code 2."""
+    keep_memory()
     try:
         main()
     except (ValueError, OSError) as error:
@@ -380,6 +382,16 @@ def pick_device(name):
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def keep_memory():
+    """Tell glibc to keep what is freed. It returns large blocks to the system by default, only to fetch them again, zeroed page
+    by page, for the next tensor: 21,000 page faults in a training step of the default stack."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 1 << 30), mallopt(-3, 1 << 25)          # M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD as high as it goes
+    except (AttributeError, OSError, TypeError):            # another C library, macOS, Windows
+        pass
+
+
 def pick_precision(name, device):
     """An autocast context, made anew by every call of the function returned. "auto" is bfloat16 where the hardware multiplies
     it natively (CUDA from Ampere on, CPUs with AMX) and float32 elsewhere."""
@@ -388,6 +400,30 @@ def pick_precision(name, device):
     bf16 = name == "bf16" or name == "auto" and native
     print(f"device {device}, precision {'bf16' if bf16 else 'fp32'}" + (" (chosen by hardware)" if name == "auto" else ""))
     return lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def timed(work, device):
+    """Seconds that work() takes, including what it leaves to the accelerator."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else int
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+
+def large_product(device, precision):
+    """FLOP/s of a product of two 2048 x 2048 matrices, the best of three: what a step's speed is held against."""
+    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    return 2 * 2048 ** 3 / min(timed(lambda: a @ a, device) for _ in range(3))
+
+
+def peak_memory(device):
+    """The most memory used so far, in MB: the process's resident set, or what torch took on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource                     # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -481,6 +517,11 @@ def region_fractions(text, config):
     return shares
 
 
+# Odd polynomials of degree 5 that together take [0.01, 1] as near to 1 as three of them can (0.73 to 1.27), found greedily
+# by linear programming as in Amsel et al. 2025.
+POLYNOMIALS = [(8.0934, -23.6204, 17.4462), (3.6366, -2.7219, .5365), (2.6613, -1.9772, .4526)]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): torch.optim.Muon with steps of AdamW's size (a test compares them), but all matrices of one
     shape are orthogonalised in one batch, which is three times faster on 2 CPU cores: 15 ms a step, not 52."""
@@ -502,9 +543,9 @@ class Muon(torch.optim.Optimizer):
                 x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"])).bfloat16()      # (n, rows, columns)
                 x = x.mT if shape[0] > shape[1] else x
                 x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):                                              # Newton-Schulz: singular values go to about 1
+                for linear, cubic, quintic in POLYNOMIALS:                      # singular values go to about 1
                     a = x @ x.mT
-                    x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+                    x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=cubic, alpha=quintic), x, beta=linear)
                 x = (x.mT if shape[0] > shape[1] else x).float()
                 torch._foreach_sub_(same, list(x.unbind()), alpha=0.2 * math.sqrt(max(shape)) * group["lr"])
 
@@ -604,9 +645,9 @@ class Trainer:
             for optimizer, stored in zip(self.optimizers, state["train"]["optimizers"]):
                 optimizer.load_state_dict(stored)
             self.step, self.seconds, self.sums = state["info"]["step"], state["info"]["seconds"], state["train"]["sums"].to(self.device)
-        if s.compile:
-            for brick in self.model.bricks:
-                brick.compile()
+        if s.compile:               # the blocks only: they share their code, so that compiling takes a minute, not one a brick
+            for block in itertools.chain.from_iterable(brick.blocks for brick in self.model.bricks):
+                block.compile()
         self.began, self.stop = time.perf_counter() - self.seconds, []
         print(self.model.table())
         print("training on the share " + ", ".join(f"{f:.3g}" for f in self.fractions) + " of each brick's regions")
@@ -620,8 +661,8 @@ class Trainer:
                                            prefetch_factor=8, worker_init_fn=ignore_interrupts,
                                            pin_memory=self.device.type == "cuda")
 
-    def advance(self, x0, labels, progress):
-        """One step of both optimizers and of the average. Returns whether any process was asked to stop."""
+    def gradients(self, x0, labels):
+        """Forward and backward pass; returns the losses (B, K) and the noise levels (B,)."""
         s = self.s
         x0, labels = x0.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         with self.autocast():
@@ -629,6 +670,11 @@ class Trainer:
                 self.model, x0, labels if self.config.classes else None, region_fraction=self.fractions, brick_drop=s.brick_drop,
                 label_drop=s.label_drop, generator=generator(s.seed, "noise", self.step), shard=(self.rank, self.world))
         loss.backward()
+        return losses, sigma
+
+    def update(self, progress):
+        """One step of both optimizers and of the weight average. Returns whether any process was asked to stop."""
+        s = self.s
         # The processes follow one clock and stop together: their average rides along with the gradients.
         self.seconds, stop = share(self.parameters, [time.perf_counter() - self.began, float(len(self.stop))], self.world)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -641,12 +687,17 @@ class Trainer:
         self.step += 1
         half_life = min(s.ema_images, 0.05 * self.step * s.batch)               # as in the released code
         torch._foreach_lerp_(self.averages, self.parameters, 1 - 0.5 ** (s.batch / half_life))
+        return stop > 0
 
+    def advance(self, x0, labels, progress):
+        """A whole step, added to the sums for the log. Returns whether to stop."""
+        losses, sigma = self.gradients(x0, labels)
+        stop = self.update(progress)
         each = losses.nanmean(1, keepdim=True)                                  # (B, 1)
         level = (sigma[:, None] > self.edges).sum(1, keepdim=True)              # (B, 1): 0 low, 1 middle, 2 high noise
         cells = torch.cat([each, losses, each.where(level == torch.arange(3, device=self.device), torch.nan)], 1)
         self.sums += torch.stack([cells.nansum(0), (~cells.isnan()).sum(0)])
-        return stop > 0
+        return stop
 
     def open_logs(self, out):
         """Write the head of both logs, keeping the lines of the run to resume up to its checkpoint."""
@@ -706,25 +757,32 @@ class Trainer:
         print(f"go on with: python train_tiny.py --resume {out}" if stopped else
               f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}")
 
-    def bench(self, steps=30):
-        """Median step time without what belongs to the first steps, and how it compares with this machine's matrix products."""
-        times, batches = [], iter(self.batches())
-        with FlopCounterMode(display=False) as counter:
-            self.advance(*next(batches), progress=0.5)
-        for _ in range(steps):
-            began = time.perf_counter()
-            self.advance(*next(batches), progress=0.5)
-            times.append(time.perf_counter() - began)                           # `share` and the sums wait for the device
-        a, peak = torch.randn(2048, 2048, device=self.device), 0
-        for _ in range(10):
-            with self.autocast():
-                began = time.perf_counter()
-                (a @ a)[0, 0].item()
-                peak = max(peak, 2 * 2048 ** 3 / (time.perf_counter() - began))
-        low, median, high = np.quantile(times[5:], [.1, .5, .9])
-        flops = counter.get_total_flops()
-        print(f"step {1000 * median:.0f} ms ({1000 * low:.0f} to {1000 * high:.0f}), {self.s.batch / median:.0f} images/s, "
-              f"{flops / median / 1e9:.0f} GFLOP/s of {peak / 1e9:.0f} in one large product ({flops / median / peak:.1%})")
+    def bench(self, rounds=12):
+        """Tables of the time of a step, by precision and by share of regions. All cases take turns, so that a slow moment of
+        the machine is slow for all, and each step is followed by a large matrix product, of whose speed it reaches a share."""
+        batches, own = iter(self.batches()), self.fractions
+        cases = [(p, [min(1, f * share) for f in own]) for p, share in (("bf16", 1), ("fp32", 1), ("bf16", 1e9), ("bf16", 2), ("bf16", .5))]
+        contexts = {p: pick_precision(p, self.device) for p in ("bf16", "fp32")}
+        flops, rows = [], [[] for _ in cases]
+        for i in range(rounds + 2):                                             # the first two count FLOPs and warm up
+            for (precision, self.fractions), row in zip(cases, rows):
+                self.autocast, images = contexts[precision], next(batches)
+                with nullcontext() if i else FlopCounterMode(display=False) as counter:
+                    compute = timed(lambda: self.gradients(*images), self.device)
+                update, peak = timed(lambda: self.update(.5), self.device), large_product(self.device, precision)
+                flops += [] if i else [counter.get_total_flops()]
+                row += [(compute, update, compute + update, peak)] if i > 1 else []
+        print(f"\nmilliseconds a step of {self.s.batch} images: median (10% to 90%) of {rounds}, in turn; share of the speed of a "
+              "matrix product of 2048^3 in the same precision\n"
+              "precision  regions          forward, backward     optimizers   whole step   images/s   GFLOP/s   share")
+        for (precision, fractions), count, row in zip(cases, flops, rows):
+            compute, update, whole, peak = np.array(row).T
+            low, middle, high = np.quantile(1000 * compute, [.1, .5, .9])
+            print(f"{precision:<9}  {' '.join(f'{f:.3g}' for f in fractions):<15}  {middle:6.0f} ({low:.0f} to {high:.0f})"
+                  f"{1000 * np.median(update):>13.0f}{1000 * np.median(whole):>13.0f}{self.s.batch / np.median(whole):>11.0f}"
+                  f"{count * self.world / np.median(whole) / 1e9:>10.0f}{np.median(count / whole / peak):>8.1%}")
+        print(f"{4 * sum(p.numel() for p in self.parameters) / 1e6:.1f} MB of gradients to average between processes; peak memory "
+              f"{peak_memory(self.device):.0f} MB")
 
 
 def main():
