@@ -17,10 +17,12 @@ SPDX-License-Identifier: MIT
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import zipfile
 from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
@@ -35,18 +37,21 @@ from torch.nn.functional import gelu, interpolate, layer_norm, one_hot, pad, sca
 @dataclass(frozen=True)
 class BrickSpec:
     """One brick: regions of `region` x `region` pixels, cut into patches of `patch` x `patch` pixels (one token each),
-    and `depth` Transformer blocks. ValueError if a number is not a positive int or patches do not tile the region."""
+    and `depth` Transformer blocks. ValueError if a number is not an int from 1 to 16384, patches do not tile the region, or
+    they are more than 256 along a side."""
     region: int
     patch: int
     depth: int
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"brick {self}: {name} must be a whole number of at least 1, found {value!r}")
+            if type(value) is not int or not 1 <= value <= 1 << 14:
+                raise ValueError(f"brick {self}: {name} must be a whole number from 1 to 16384, found {value!r}")
         if self.region % self.patch:
             raise ValueError(f"brick {self}: region {self.region} is not a multiple of patch {self.patch}; "
                              f"take region {math.ceil(self.region / self.patch) * self.patch}")
+        if self.region > 256 * self.patch:
+            raise ValueError(f"brick {self}: {self.tokens} tokens per region are too many: take patch {self.region // 256} or larger")
 
     def __str__(self):
         return f"{self.region}/{self.patch}x{self.depth}"
@@ -96,8 +101,10 @@ class LegoConfig:
         if self.size is None:
             object.__setattr__(self, "size", max(b.region for b in bricks))
         for name, least in dict(width=4, heads=1, channels=1, classes=0, size=1, mlp_ratio=1).items():
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, found {getattr(self, name)!r}")
+            if type(getattr(self, name)) is not int or not least <= getattr(self, name) <= 1 << 14:
+                raise ValueError(f"{name} must be a whole number from {least} to 16384, found {getattr(self, name)!r}")
+        if self.gelu not in ("none", "tanh"):
+            raise ValueError(f"gelu must be none or tanh, found {self.gelu!r}")
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of 4 and of heads ({self.heads}); "
                              f"take width {math.ceil(self.width / math.lcm(4, self.heads)) * math.lcm(4, self.heads)}")
@@ -643,7 +650,7 @@ OBJECTIVES = {"edm": EDM, "ddpm": DDPM}
 def write_aside(path, write):
     """Call write(file) on a temporary file beside `path`, flush it to disk and rename it: `path` is whole at any moment."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.part")
     try:
         with open(aside, "wb") as file:
             write(file)
@@ -659,32 +666,44 @@ def save_checkpoint(path, model, **state):
     lists and dictionaries. Pass weights=... to store other tensors than the model's own (an average, say)."""
     weights = state.pop("weights", None) or model.state_dict()
     json.dumps(model.info)                                                  # TypeError now rather than when it is loaded
-    write_aside(path, lambda file: torch.save(
-        dict(config=asdict(model.config), info=model.info, weights=weights, **state), file))
+    buffer = io.BytesIO()               # so that a full disk is an OSError of ours, not an error inside torch's writer
+    torch.save(dict(config=asdict(model.config), info=model.info, weights=weights, **state), buffer)
+    write_aside(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def read_checkpoint(path):
-    """The dictionary that `save_checkpoint` wrote. Nothing is unpickled but tensors and plain containers. ValueError if it
-    is anything else, FileNotFoundError if there is nothing."""
+    """The dictionary that `save_checkpoint` wrote. Nothing is unpickled but tensors and plain containers, checksums are
+    compared (torch itself does not), and weights are finite and no larger than the file. ValueError if it is anything else,
+    FileNotFoundError if there is nothing."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type for member in archive.infolist()) or archive.testzip():
+                raise ValueError("wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"] = LegoConfig(**state["config"])
-        state["info"], state["weights"]
+        if sum(w.numel() * w.element_size() for w in state["weights"].values()) > Path(path).stat().st_size:
+            raise ValueError("weights larger than the file")
+        if not all(w.isfinite().all() for w in state["weights"].values()):
+            raise ValueError("weights that are not finite")
+        if state["info"].get("objective", "edm") not in OBJECTIVES:
+            raise ValueError("unknown objective")
     except OSError:
         raise
     except Exception as error:          # torch's reader meets hostile bytes with errors of almost any type
-        raise ValueError(f"{path} is not a LEGO checkpoint or is damaged ({type(error).__name__})") from error
+        reason = error if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path} is not a LEGO checkpoint or is damaged ({reason})") from error
     return state
 
 
 def load_checkpoint(path):
     """The model stored in `path`, on the CPU, in evaluation mode, ready to sample; errors as `read_checkpoint`."""
     state = read_checkpoint(path)
+    with torch.device("meta"):          # costs nothing, whatever size the config claims
+        wanted = {name: w.shape for name, w in Lego(state["config"]).state_dict().items()}
+    if wanted != {name: w.shape for name, w in state["weights"].items()}:
+        raise ValueError(f"{path}: the weights do not fit the stack {state['config']}")
     model = Lego(state["config"])
-    try:
-        model.load_state_dict(state["weights"])
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit the stack {model.config}") from error
+    model.load_state_dict(state["weights"])
     model.info = state["info"]
     return model.eval()
 

@@ -44,21 +44,20 @@ def read_flags():
     p.add_argument("--seed", type=int, default=0, help="seed; image i of a seed is always the same")
     p.add_argument("--out", default="runs/samples.png", help="FILE.png (one sheet), FILE.npz (arr_0, uint8 NHWC) or a folder of "
                    "PNG files")
-    p.add_argument("--stages", action="store_true", help="instead show how one image forms: a column per noise level, the noisy "
+    other = p.add_mutually_exclusive_group()
+    other.add_argument("--stages", action="store_true", help="instead show how one image forms: a column per noise level, the noisy "
                    "image in the first row, every brick's estimate of x0 below")
-    p.add_argument("--bench", action="store_true", help="instead time canvases of several sizes, and every subset of bricks "
+    other.add_argument("--bench", action="store_true", help="instead time canvases of several sizes, and every subset of bricks "
                    "against its share of FLOPs")
-    p.add_argument("--seams", action="store_true", help="instead measure how visible the borders of regions are in the samples "
+    other.add_argument("--seams", action="store_true", help="instead measure how visible the borders of regions are in the samples "
                    "of a landscapes model; 1 is as in true scenes")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="number format of the network")
     a = p.parse_args()
-    for name, least in dict(n=1, batch=1, steps=1, seed=0).items():
-        if getattr(a, name) is not None and getattr(a, name) < least:
-            p.error(f"--{name} must be at least {least}, found {getattr(a, name)}")
-    for name in ("guidance", "churn"):
-        if not 0 <= getattr(a, name) < math.inf:
-            p.error(f"--{name} must be a finite number of at least 0, found {getattr(a, name)}")
+    for name, (least, most) in dict(n=(1, 1 << 32), batch=(1, 1 << 16), steps=(1, 10_000), seed=(0, 1 << 64), guidance=(0, 1000),
+                                    churn=(0, 1000)).items():
+        if getattr(a, name) is not None and not least <= getattr(a, name) <= most:
+            p.error(f"--{name} must lie between {least} and {most}, found {getattr(a, name)}")
     return a
 
 
@@ -77,6 +76,8 @@ def parse_size(text, size):
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text or str(size))
     if not match or 0 in (sides := [int(side) for side in match.groups() if side]):
         raise ValueError(f"--size {text}: write SIDE or HEIGHTxWIDTH in pixels, such as 64 or 32x128")
+    if sides[0] * sides[-1] > LARGEST_SHEET:
+        raise ValueError(f"--size {text}: {LARGEST_SHEET} pixels are the most")
     return sides[0], sides[-1]
 
 

@@ -18,7 +18,8 @@ import tarfile
 import threading
 import time
 import zipfile
-from dataclasses import replace
+import zlib
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def slow_brick(brick, x, z, c, offset=(0, 0), wrap=False):
     top, left = -offset[0] % r, 0 if wraps else -offset[1] % r                        # the canvas lies this far inside the grid
     turn = offset[1] % r if wraps else 0
     rows, columns = math.ceil((top + H) / r), math.ceil((left + W) / r)
-    place = [[2 * (i * math.ceil(cfg.size / r) // n * r + j) / (cfg.size - 1) - 1 for i in range(n) for j in range(r)]
+    place = [[2 * (i * math.ceil(cfg.size / r) // n * r + j) / max(cfg.size - 1, 1) - 1 for i in range(n) for j in range(r)]
              for n in (rows, columns)]
     if cfg.stretch:
         place = [[2 * (i - before) / max(side - 1, 1) - 1 for i in range(n * r)] for n, side, before in ((rows, H, top), (columns, W, left))]
@@ -222,6 +223,31 @@ def test_any_canvas_equals_a_slow_plain_brick(H, W, offset, wrap, official):
             fast = brick(x, z, c, offset=offset, wrap=wrap)
             slow = torch.stack([slow_brick(brick, *item, offset, wrap) for item in zip(x, z, c)])
             assert torch.allclose(fast, slow, atol=2e-6), f"brick {brick.spec}"      # coordinates are float32
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_stacks_on_random_canvases(seed):
+    random = np.random.default_rng(seed)
+    pick = lambda *options: options[random.integers(len(options))]
+    heads, stack = pick(1, 2, 3), []
+    for _ in range(random.integers(1, 4)):
+        patch = int(random.integers(1, 5))
+        stack.append(BrickSpec(patch * int(random.integers(1, 4)), patch, int(random.integers(1, 3))))
+    config = LegoConfig(tuple(stack), width=12 * heads, heads=heads, channels=pick(1, 3), classes=pick(0, 2), size=int(random.integers(1, 13)),
+                        mlp_ratio=pick(1, 2), local_mlp=pick(True, False), residual=pick(True, False), stretch=pick(True, False), gelu=pick("none", "tanh"))
+    B, H, W = (int(n) for n in random.integers(1, [3, 11, 11]))
+    offset, wrap = tuple(random.integers(0, 9, 2).tolist()), pick(True, False)
+    skip = set(random.permutation(len(stack))[:random.integers(len(stack))].tolist())
+    model, x, t = filled(config, seed).double(), rand(B, config.channels, H, W).double(), torch.linspace(-1, 1, B).double()
+    with torch.no_grad():
+        c, z, out = silu(model.time(time_features(4 * t).double()) + (model.label.bias if config.classes else 0)), torch.zeros_like(x), []
+        for k in sorted(set(range(len(stack))) - skip):
+            z = torch.stack([slow_brick(model.bricks[k], *item, offset, wrap) for item in zip(x, z, c)])
+            out.append(z)
+        every = model(x, t, skip=skip, return_all=True, offset=offset, wrap=wrap)
+        assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-5) for a, b in zip(every, out, strict=True))
+        half = model.bfloat16()(x.float(), t.float(), skip=skip, offset=offset, wrap=wrap)
+        assert half.dtype == torch.float32 and (half - z).norm() < .1 * z.norm() + .1
 
 
 def test_attention_never_crosses_a_region():
@@ -394,6 +420,21 @@ def test_loss_counts_the_chosen_regions_and_bricks_alone():
     assert losses[:, [1, 3]].isnan().all() and scalar.item() == pytest.approx(losses[:, [0, 2]].mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("diffusion, levels", [(EDM(), [.002, 80.]), (DDPM(), DDPM().sigmas[[0, -1]].tolist()),
+                                               (DDPM("linear"), DDPM("linear").sigmas[[0, -1]].tolist())])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_finite_at_the_ends_of_the_noise(diffusion, levels, dtype):
+    for sigma in levels:
+        model, x0 = Lego(SMALL), rand(4, 3, 16, 16).clamp(-1, 1)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss, *_ = diffusion.loss(model, x0, torch.arange(4) % 3, sigma=torch.full((4,), sigma))
+            estimate = Diffusion.denoise(diffusion, model, x0 + sigma * rand(4, 3, 16, 16, seed=1), sigma)
+        loss.backward()
+        grads = [p.grad for p in model.parameters()]
+        assert all(g.isfinite().all() for g in grads) and sum(g.square().sum() for g in grads) < 1e4
+        assert loss.item() < 3 and estimate.isfinite().all()
+
+
 def test_ranks_share_the_draws_of_one_batch():
     model, x0, y, edm = filled(SMALL), rand(8, 3, 16, 16) * .5, torch.arange(8) % 3, EDM()
     run = lambda part, shard: edm.loss(model, x0[part], y[part], region_fraction=[1, .5, .5, .5], brick_drop=.3, label_drop=.5,
@@ -556,14 +597,41 @@ def test_checkpoints_round_trip_and_nothing_else_is_opened(tmp_path):
     class Hostile:
         def __reduce__(self):
             return Path.touch, (tmp_path / "owned",)
-    torch.save(dict(config=Hostile()), tmp_path / "hostile.pt")
+    good = torch.load(path, weights_only=True)
+    change = lambda **w: {**good, "weights": good["weights"] | w}
+    huge = asdict(replace(SMALL, width=1 << 14))
+    for name, content in dict(
+            hostile=dict(config=Hostile()), empty=dict(config=dict(bricks=[]), info={}, weights={}), number=3, none=good | dict(weights=None),
+            nan=change(**{"label.bias": torch.full((16,), torch.nan)}), missing=change(**{"label.bias": torch.zeros(3)}),
+            other=good | dict(config=asdict(replace(SMALL, classes=2))), huge=good | dict(config=huge), objective=good | dict(info=dict(objective="x")),
+            expanded=good | dict(config=huge, weights={k: torch.zeros(1).expand(1 << 30) for k in good["weights"]})).items():
+        torch.save(content, tmp_path / f"{name}.pt")
     (tmp_path / "short.pt").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text.pt").write_text("step,loss\n1,2\n")
-    torch.save(dict(config=dict(bricks=[]), info={}, weights={}), tmp_path / "empty.pt")
-    for bad in ("hostile.pt", "short.pt", "text.pt", "empty.pt"):
-        with pytest.raises(ValueError, match="not a LEGO checkpoint"):
-            load_checkpoint(tmp_path / bad)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as other:
+        for member in archive.namelist():
+            other.writestr(member, archive.read(member))
+    bad = sorted(set(os.listdir(tmp_path)) - {"c.pt"})
+    assert len(bad) == 13
+    for name in bad:
+        with pytest.raises(ValueError, match="not a LEGO checkpoint|do not fit"):
+            load_checkpoint(tmp_path / name)
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    save_checkpoint(path := tmp_path / "c.pt", model := filled(SMALL))
+    whole, noticed = path.read_bytes(), 0
+    for place in np.random.default_rng(0).integers(0, 8 * len(whole), 150):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            again = load_checkpoint(path)           # a bit of the padding between members, perhaps
+            assert again.config == SMALL and all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+        except ValueError:
+            noticed += 1
+    assert noticed > 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -668,6 +736,38 @@ def test_folders_and_zips_of_images_of_any_size_and_mode(tmp_path):
     exif[0x0112] = 3                                                                  # taken upside down
     upright.save(file := io.BytesIO(), "PNG", exif=exif)
     assert train_tiny.read_image(file.getvalue(), 20)[[0, 5, 14, 19], 0, 0].tolist() == [0, 0, 255, 255]
+
+
+def test_hostile_archives_are_refused_and_write_nothing(tmp_path, capsys):
+    good, link = {f"a/{i}.png": picture_file("L", colour=i) for i in range(3)}, zipfile.ZipInfo("a/link.png")
+    link.external_attr = 0o120777 << 16
+    bomb_image = bytearray(picture_file("L"))
+    bomb_image[16:24] = struct.pack(">II", 60000, 60000)                              # claims 3.6 gigapixels
+    bomb_image[29:33] = struct.pack(">I", zlib.crc32(bomb_image[12:29]))
+    for name, members, word in [
+            ("up", {"../up.png": good["a/0.png"]}, "points out"), ("absolute", {"/absolute.png": good["a/0.png"]}, "points out"),
+            ("link", {link: "/etc/passwd"}, "points out"), ("bomb", {"a/x.png": bytes(300 << 20)}, "hundred times"),
+            ("noise", {"a/x.png": b"no image", "a/y.png": bytes(bomb_image), "a/z.png": good["a/0.png"][:40]}, "0 readable images")]:
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for member, data in (members | (good if word == "points out" else {})).items():
+                archive.writestr(member, data)
+        before = sorted(os.listdir(tmp_path))
+        assert in_process(train_tiny, *TINY, "--dataset", tmp_path / f"{name}.zip", "--out", tmp_path / "run") == 2
+        assert word in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == before
+    with zipfile.ZipFile(tmp_path / "claims.zip", "w") as archive:
+        for member, data in good.items():
+            archive.writestr(member, data)
+    data = bytearray((tmp_path / "claims.zip").read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + 24:entry + 28] = struct.pack("<I", 0xFFFFFFF0)                       # a member of 4 GB, says the directory
+    (tmp_path / "claims.zip").write_bytes(data)
+    assert in_process(train_tiny, *TINY, "--dataset", tmp_path / "claims.zip", "--out", tmp_path / "run") == 2
+    assert "hundred times" in capsys.readouterr().err
+    with zipfile.ZipFile(tmp_path / "mixed.zip", "w") as archive:
+        for member, data in (good | {"a/x.png": b"no image", "a/y.png": bytes(bomb_image)}).items():
+            archive.writestr(member, data)
+    mixed = train_tiny.load_data(str(tmp_path / "mixed.zip"), "", 16)
+    assert "3 images in 1 classes, 2 unreadable files skipped" in capsys.readouterr().out and len(mixed.train[0]) == 3
 
 
 def test_batches_are_shuffled_epochs_and_ranks_share_them():
@@ -810,14 +910,13 @@ def test_the_checkpoint_holds_the_average_and_both_decay_with_the_schedule(train
     assert state["train"]["optimizers"][0]["param_groups"][0]["lr"] < 8e-3 * .05
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, number):
+def test_ctrl_c_saves_and_says_how_to_go_on_bit_for_bit(tmp_path):
     flags = ["train_tiny.py", *TINY, "--steps", 120, "--precision", "fp32", "--brick-drop", ".2"]
     whole, broken = start(*flags, "--out", tmp_path / "whole"), start(*flags, "--out", tmp_path / "broken")
     log, deadline = tmp_path / "broken" / "log.csv", time.time() + 60
     while not (log.exists() and len(log.read_text().splitlines()) > 1) and time.time() < deadline:
         time.sleep(.02)
-    broken.send_signal(number)
+    broken.send_signal(signal.SIGINT)
     said = broken.communicate(timeout=60)[0]
     assert broken.returncode == 0 and f"--resume {tmp_path / 'broken'}" in said, said
     stopped_at = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)["info"]["step"]
@@ -832,6 +931,55 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, number):
     lines = [[line.split(",")[:2] + line.split(",")[3:] for line in (tmp_path / run / "log.csv").read_text().splitlines()]
              for run in ("whole", "broken")]
     assert lines[0] == lines[1] and len(lines[0]) == 7                                # all but the seconds
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, kills):
+    flags, random = ["train_tiny.py", *TINY, "--steps", 150 * kills, "--precision", "fp32", "--brick-drop", ".2"], np.random.default_rng(kills)
+    whole, run, signals = start(*flags, "--out", tmp_path / "whole"), tmp_path / "broken", []
+    while len(signals) < kills:
+        process = start("train_tiny.py", "--resume", run) if (run / "checkpoint.pt").exists() else start(*flags, "--out", run, "--save-minutes", .005)
+        time.sleep(random.uniform(1.5, 5))                                            # some while it imports, some while it saves
+        signals.append([signal.SIGKILL, signal.SIGTERM, signal.SIGINT][len(signals) % 3])
+        process.send_signal(signals[-1])
+        process.communicate(timeout=60)
+        if (run / "checkpoint.pt").exists():
+            load_checkpoint(run / "checkpoint.pt")
+    resumed = start("train_tiny.py", "--resume", run) if (run / "checkpoint.pt").exists() else start(*flags, "--out", run)
+    for process in (whole, resumed):
+        said = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, said
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "broken"))
+    assert all(torch.equal(w, b["weights"][k]) and torch.equal(a["train"]["weights"][k], b["train"]["weights"][k]) for k, w in a["weights"].items())
+    steps = [[line.split(",")[:2] + line.split(",")[3:] for line in (tmp_path / name / "log.csv").read_text().splitlines()]
+             for name in ("whole", "broken")]
+    assert steps[0] == steps[1] and not [p.name for p in run.iterdir() if p.name.endswith(".part")]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    assert in_process(train_tiny, *TINY, "--steps", 5, "--out", run) == 0
+    before = (run / "checkpoint.pt").read_bytes()
+    full = start("-c", f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+                 f"sys.argv = ['train_tiny.py', '--resume', {str(run)!r}, '--steps', '9']; runpy.run_path('train_tiny.py', run_name='__main__')")
+    said = full.communicate(timeout=60)[0]
+    assert full.returncode == 2 and "make room and go on with --resume" in said.splitlines()[-1] and "Traceback" not in said, said
+    assert (run / "checkpoint.pt").read_bytes() == before and not list(run.glob(".*"))
+    assert in_process(train_tiny, "--resume", run, "--steps", 9) == 0
+
+
+def test_a_batch_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", *TINY, "--steps", "5", "--out", str(tmp_path / "run")])
+    trainer = train_tiny.Trainer(*train_tiny.read_flags(), 0, 1)
+    images, labels = trainer.data.batch(0, 0, 8)
+    for step, bad in enumerate([False, True, False]):
+        state = lambda: [t.clone() for t in trainer.parameters + [v for o in trainer.optimizers for p in o.state.values() for v in p.values()]]
+        before = state()
+        trainer.advance(torch.full_like(images, torch.nan) if bad else images, labels, step / 5)
+        after = state()
+        assert (len(before) == len(after) and all(map(torch.equal, before, after))) == bad
+        assert all(t.isfinite().all() for t in after + trainer.averages)
+    assert trainer.unsound == 1 and trainer.step == 3 and trainer.sums.isfinite().all() and trainer.sums[1, 0] == 16
 
 
 def test_two_processes_train_like_one(tmp_path):
@@ -904,7 +1052,11 @@ def test_seam_ratio(trained, capsys):
     (["--steps", "0"], "--steps"), (["--minutes", "nan"], "--minutes"), (["--lr", "-1"], "--lr"), (["--batch", "0"], "--batch"),
     (["--region-fraction", "1,2"], "--region-fraction"), (["--brick-drop", "1"], "--brick-drop"), (["--frobnicate"], "--frobnicate"),
     (["--device", "abacus"], "abacus"), (["--resume", "nowhere"], "nowhere"), (["--steps", "many"], "--steps"), (["--size", "0"], "--size"),
-    (["--dataset", "README.md"], "not a readable zip"), (["--heads", "5"], "take width")])
+    (["--dataset", "README.md"], "not a readable zip"), (["--heads", "5"], "take width"), (["--width", "0"], "width"), (["--width", "-4"], "width"),
+    (["--bricks", "8/2x1", "--preset", "tiny"], "not allowed with"), (["--steps", "5", "--minutes", "1"], "not allowed with"),
+    (["--bricks", "2048/1x1"], "tokens per region are too many"), (["--bricks", "8/2x99999"], "depth"), (["--lr", "nan"], "--lr"),
+    (["--width", "1048576"], "from 4 to 16384"), (["--batch", "99999"], "--batch"), (["--label-drop", "1.5"], "--label-drop"), (["--save-minutes", "-1"], "--save-minutes"),
+    (["--seed", "-1"], "--seed"), (["--out", "README.md/run"], "README.md"), (["--resume", "assets"], "assets")])
 def test_bad_training_flags_give_one_line_and_exit_code_2(flags, word, capsys, tmp_path):
     defaults = {} if "--steps" in flags or "--minutes" in flags else {"--steps": 1}
     assert in_process(train_tiny, "--out", tmp_path / "run", *itertools.chain(*defaults.items()), *flags) == 2
@@ -918,7 +1070,10 @@ def test_bad_training_flags_give_one_line_and_exit_code_2(flags, word, capsys, t
     (["--skip", "0@0-1;1,2@.5-1"], "cannot skip all"), (["--size", "64x"], "--size"), (["--size", "0"], "--size"), (["--n", "0"], "--n"),
     (["--label", "dragon"], "dragon"), (["--label", "4"], "--label"), (["--guidance", "nan"], "--guidance"), (["--out", "x.bmp"], "x.bmp"),
     (["--ckpt", "nowhere.pt"], "nowhere.pt"), (["--ckpt", "README.md"], "not a LEGO checkpoint"), (["--sampler", "magic"], "--sampler"),
-    (["--steps", "0"], "--steps")])
+    (["--steps", "0"], "--steps"), (["--steps", "99999"], "--steps"), (["--size", "99999x99999"], "--size"), (["--size", "-4"], "--size"),
+    (["--guidance", "-1"], "--guidance"), (["--guidance", "inf"], "--guidance"), (["--churn", "nan"], "--churn"), (["--batch", "0"], "--batch"),
+    (["--seed", "-1"], "--seed"), (["--skip", "-1"], "--skip"), (["--skip", "0@0.5"], "--skip"), (["--stages", "--bench"], "not allowed with"),
+    (["--out", "README.md/s.png"], "README.md"), (["--label", "-1"], "--label")])
 def test_bad_sampling_flags_give_one_line_and_exit_code_2(trained, flags, word, capsys, tmp_path):
     assert in_process(sample_tiny, "--ckpt", trained / "checkpoint.pt", "--out", tmp_path / "s.png", *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()

@@ -17,10 +17,12 @@ import itertools
 import math
 import os
 import signal
+import stat
 import struct
 import sys
 import tarfile
 import time
+import traceback
 import urllib.request
 import zipfile
 from contextlib import nullcontext
@@ -283,7 +285,12 @@ def read_folder(path, size):
                     yield file.relative_to(path.parent), file.stat().st_size, file.read_bytes
         else:
             with zipfile.ZipFile(path) as archive:
-                for info in sorted(archive.infolist(), key=lambda i: i.filename):
+                members = archive.infolist()
+                if sum(info.file_size for info in members) > 100 * path.stat().st_size + LARGEST_FILE:
+                    raise ValueError(f"{path} unpacks to more than a hundred times its size: not a zip of images")
+                for info in sorted(members, key=lambda i: i.filename):
+                    if ".." in Path(info.filename).parts or info.filename.startswith(("/", "\\")) or stat.S_ISLNK(info.external_attr >> 16):
+                        raise ValueError(f"{path}: member {info.filename!r} points out of the archive: do not trust this file")
                     yield Path(path.stem) / info.filename, info.file_size, lambda: archive.open(info).read(LARGEST_FILE)
 
     images, skipped = {}, 0
@@ -363,13 +370,21 @@ class Parser(argparse.ArgumentParser):
 def command(main):
     """Run `main`, turning what a user can cause into one line and exit code 2."""
     keep_memory()
+    code = 0
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        code = "interrupted"
+    except Exception as error:
+        no_memory = isinstance(error, (MemoryError, RuntimeError)) and "memory" in f"{error!r}".lower()
+        if no_memory or isinstance(error, (ValueError, OSError)):
+            hint = "take a smaller batch, size or width: " if no_memory else ""
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: {hint}{' '.join(str(error).split())[:500]}\n")
+            code = 2
+        else:                           # a mistake of ours
+            traceback.print_exc()
+            code = 1
+    sys.exit(code)                      # out here, where the error no longer keeps the run, and so its data worker, alive
 
 
 def pick_device(name):
@@ -444,14 +459,15 @@ def read_flags():
     p = Parser(description="Train a LEGO diffusion stack.")
     flag(p, "--dataset", "landscapes", "landscapes, cifar10, fashion-mnist, or a folder or zip of images (class = folder name)")
     flag(p, "--data-dir", "data", "where data sets are looked for and downloaded to")
-    flag(p, "--preset", "tiny", "a stack by name: " + ", ".join(n for n in PRESETS if n[0] in "td") + ", or one of the authors'")
-    flag(p, "--bricks", None, 'a stack of your own, region/patch x depth, such as "32/4x6 8/2x2"; replaces --preset')
+    stack, budget = p.add_mutually_exclusive_group(), p.add_mutually_exclusive_group()
+    flag(stack, "--preset", "tiny", "a stack by name: " + ", ".join(n for n in PRESETS if n[0] in "td") + ", or one of the authors'")
+    flag(stack, "--bricks", None, 'a stack of your own, region/patch x depth, such as "32/4x6 8/2x2"; replaces --preset')
     flag(p, "--width", None, "width of the Transformer blocks (default: the preset's)", type=int)
     flag(p, "--heads", None, "attention heads (default: the preset's)", type=int)
     flag(p, "--size", 32, "height and width of the training images", type=int)
     flag(p, "--objective", "edm", "edm or ddpm", choices=list(OBJECTIVES))
-    flag(p, "--steps", None, "budget in optimizer steps", type=int)
-    flag(p, "--minutes", 10.0, "budget in minutes, when --steps is not given", type=float)
+    flag(budget, "--steps", None, "budget in optimizer steps", type=int)
+    flag(budget, "--minutes", 10.0, "budget in minutes, when --steps is not given", type=float)
     flag(p, "--batch", 32, "images per step, over all processes", type=int)
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
     flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number per brick, comma "
@@ -472,7 +488,9 @@ def read_flags():
     given = vars(p.parse_args())
     state = None
     if given.get("resume"):
-        state = read_checkpoint(Path(given["resume"]) / "checkpoint.pt")
+        state = read_checkpoint(path := Path(given["resume"]) / "checkpoint.pt")
+        if "train" not in state or "settings" not in state["info"]:
+            raise ValueError(f"{path} holds weights to sample from, but no run to resume")
         stored = state["info"]["settings"]
         for name, value in given.items():
             if name not in FREE and value != stored[name]:
@@ -482,7 +500,7 @@ def read_flags():
         given = stored | given | dict(out=given["resume"])
     s = argparse.Namespace(**DEFAULTS | given)
     tiny, whole = 1e-9, 2 ** 32 - 1
-    for name, (least, most) in dict(size=(1, 4096), steps=(1, whole), batch=(1, whole), ema_images=(1, whole), seed=(0, whole),
+    for name, (least, most) in dict(size=(1, 4096), steps=(1, whole), batch=(1, 1 << 16), ema_images=(1, whole), seed=(0, whole),
                                     minutes=(tiny, 1e6), lr=(tiny, 1), brick_drop=(0, .9), label_drop=(0, 1),
                                     save_minutes=(0, 1e6)).items():
         value = getattr(s, name)
@@ -497,7 +515,7 @@ def make_config(s, data):
         raise ValueError(f"unknown preset {s.preset!r}: take one of {', '.join(PRESETS)}")
     preset = PRESETS[s.preset]
     changes = dict(channels=data.channels, classes=len(data.classes) if len(data.classes) > 1 else 0, size=s.size,
-                   width=s.width or preset.width, heads=s.heads or preset.heads)
+                   width=preset.width if s.width is None else s.width, heads=preset.heads if s.heads is None else s.heads)
     if s.bricks:
         changes["bricks"] = LegoConfig.parse(s.bricks, width=4, heads=1).bricks
     return replace(preset, **changes)
@@ -611,8 +629,9 @@ class Stream(torch.utils.data.Dataset):
         return self.data.batch(step=step, **self.arguments)
 
 
-def ignore_interrupts(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches every process; the trainer decides what it means
+def ignore_signals(worker):
+    for number in (signal.SIGINT, signal.SIGTERM):      # they often reach the whole group; the trainer decides what they mean
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Trainer:
@@ -634,17 +653,21 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.parameters, self.averages = list(self.model.parameters()), list(self.ema.parameters())
         self.optimizers = make_optimizers(self.model, s.lr)
-        self.step, self.seconds, K = 0, 0.0, len(self.config.bricks)
+        self.step, self.seconds, self.unsound, K = 0, 0.0, 0, len(self.config.bricks)
         self.sums = torch.zeros(2, 1 + K + 3, device=self.device)               # sums and counts since the log's last line
         self.edges = self.diffusion.sigma_at(torch.tensor([1 / 3, 2 / 3])).to(self.device)
         if state:
             if state["info"]["classes"] != self.data.classes:
                 raise ValueError(f"the run to resume knows the classes {state['info']['classes']}, found {self.data.classes}")
-            self.ema.load_state_dict(state["weights"])
-            self.model.load_state_dict(state["train"]["weights"])
-            for optimizer, stored in zip(self.optimizers, state["train"]["optimizers"]):
-                optimizer.load_state_dict(stored)
-            self.step, self.seconds, self.sums = state["info"]["step"], state["info"]["seconds"], state["train"]["sums"].to(self.device)
+            try:
+                self.ema.load_state_dict(state["weights"])
+                self.model.load_state_dict(state["train"]["weights"])
+                for optimizer, stored in zip(self.optimizers, state["train"]["optimizers"], strict=True):
+                    optimizer.load_state_dict(stored)
+                self.step, self.seconds, self.unsound = (state["info"][key] for key in ("step", "seconds", "unsound"))
+                self.sums = state["train"]["sums"].to(self.device)
+            except (RuntimeError, KeyError, TypeError) as error:
+                raise ValueError(f"the checkpoint in {s.resume} does not hold a whole run of this stack ({error})") from error
         if s.compile:               # the blocks only: they share their code, so that compiling takes a minute, not one a brick
             for block in itertools.chain.from_iterable(brick.blocks for brick in self.model.bricks):
                 block.compile()
@@ -658,7 +681,7 @@ class Trainer:
         flip = self.data.flip if self.s.flip is None else self.s.flip
         stream = Stream(self.data, seed=self.s.seed, count=self.s.batch, mine=mine, flip=flip)
         return torch.utils.data.DataLoader(stream, batch_size=None, sampler=itertools.count(self.step), num_workers=1,
-                                           prefetch_factor=8, worker_init_fn=ignore_interrupts,
+                                           prefetch_factor=8, worker_init_fn=ignore_signals,
                                            pin_memory=self.device.type == "cuda")
 
     def gradients(self, x0, labels):
@@ -677,12 +700,14 @@ class Trainer:
         s = self.s
         # The processes follow one clock and stop together: their average rides along with the gradients.
         self.seconds, stop = share(self.parameters, [time.perf_counter() - self.began, float(len(self.stop))], self.world)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        sound = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite().item()
+        self.unsound += not sound
         warm_up, decay = (progress + 1e-3) / 0.02, (1 - progress) / 0.4         # rises for a fiftieth, falls for the last 0.4
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * max(0.01, min(1, warm_up, decay))
-            optimizer.step()
+            if sound:                   # else some number overflowed: this batch teaches nothing and must poison nothing
+                optimizer.step()
             optimizer.zero_grad()
         self.step += 1
         half_life = min(s.ema_images, 0.05 * self.step * s.batch)               # as in the released code
@@ -705,7 +730,7 @@ class Trainer:
         for name, columns in {"log.csv": ["loss", *bricks, "low", "middle", "high"], "held_out.csv": bricks}.items():
             old = (out / name).read_text().splitlines()[1:] if self.step and (out / name).exists() else []
             lines = [",".join(["step", "images", "seconds", *columns])]
-            lines += [line for line in old if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= self.step]
+            lines += [line for line in old if line.count(",") == lines[0].count(",") and int(line.split(",")[0]) <= self.step]
             write_aside(out / name, lambda file: file.write("\n".join(lines + [""]).encode()))
 
     def log(self, path, numbers):
@@ -718,7 +743,7 @@ class Trainer:
         """Checkpoint, held-out loss and sample picture, by the first process."""
         if self.rank == 0:
             self.model.info |= dict(step=self.step, images=self.step * self.s.batch, seconds=self.seconds,
-                                    settings={k: v for k, v in vars(self.s).items() if k not in ("resume", "bench")})
+                                    unsound=self.unsound, settings={k: v for k, v in vars(self.s).items() if k not in ("resume", "bench")})
             save_checkpoint(out / "checkpoint.pt", self.model, weights=self.ema.state_dict(), train=dict(
                 weights=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers], sums=self.sums))
             held_out = held_out_loss(self.ema, self.diffusion, self.data, self.autocast)
@@ -753,7 +778,8 @@ class Trainer:
         if self.step > first:
             self.save(out)
         rate = self.step * s.batch / max(self.seconds, 1e-9)
-        print(f"{'stopped' if stopped else 'done'} at step {self.step} after {self.seconds:.0f} s, {rate:.0f} images/s")
+        print(f"{'stopped' if stopped else 'done'} at step {self.step} after {self.seconds:.0f} s, {rate:.0f} images/s"
+              + (f"; {self.unsound} steps had gradients that were not finite and were left out" if self.unsound else ""))
         print(f"go on with: python train_tiny.py --resume {out}" if stopped else
               f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}")
 
@@ -761,7 +787,7 @@ class Trainer:
         """Tables of the time of a step, by precision and by share of regions. All cases take turns, so that a slow moment of
         the machine is slow for all, and each step is followed by a large matrix product, of whose speed it reaches a share."""
         batches, own = iter(self.batches()), self.fractions
-        cases = [(p, [min(1, f * share) for f in own]) for p, share in (("bf16", 1), ("fp32", 1), ("bf16", 1e9), ("bf16", 2), ("bf16", .5))]
+        cases = [(p, [f if f == 1 else min(1, f * share) for f in own]) for p, share in (("bf16", 1), ("fp32", 1), ("bf16", 1e9), ("bf16", 2), ("bf16", .5))]
         contexts = {p: pick_precision(p, self.device) for p in ("bf16", "fp32")}
         flops, rows = [], [[] for _ in cases]
         for i in range(rounds + 2):                                             # the first two count FLOPs and warm up
@@ -802,7 +828,11 @@ def main():
     if not state and (Path(s.out) / "checkpoint.pt").exists():
         raise ValueError(f"{s.out} holds a run already: continue it with --resume {s.out}, or choose another --out")
     trainer = Trainer(s, state, rank, world)
-    trainer.bench() if s.bench else trainer.fit(Path(s.out))
+    try:
+        trainer.bench() if s.bench else trainer.fit(Path(s.out))
+    except OSError as error:
+        raise ValueError(f"cannot write to {s.out} ({error}). A checkpoint saved before is whole: make room and go on with "
+                         f"--resume {s.out}") from error
     if world > 1:
         dist.destroy_process_group()
 
