@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from lego import OBJECTIVES, SAMPLERS, BrickSpec, Diffusion, Lego, generator, load_checkpoint, write_aside
-from train_tiny import (Parser, command, landscapes, peak_memory, pick_device, pick_precision, picture, save_picture, timed,
-                        to_bytes)
+from train_tiny import (Parser, command, landscapes, load_data, peak_memory, pick_device, pick_precision, picture, save_picture,
+                        timed, to_bytes, to_float)
 
 LARGEST_SHEET = 1 << 26         # pixels of a picture that holds all samples
 
@@ -49,8 +50,8 @@ def read_flags():
                    "image in the first row, every brick's estimate of x0 below")
     other.add_argument("--bench", action="store_true", help="instead time canvases of several sizes, and every subset of bricks "
                    "against its share of FLOPs")
-    other.add_argument("--seams", action="store_true", help="instead measure how visible the borders of regions are in the samples "
-                   "of a landscapes model; 1 is as in true scenes")
+    other.add_argument("--eval", metavar="DATASET", help="instead compare the samples with as many images of a data set, as "
+                       "train_tiny.py names it: distance at every scale, and how visible the borders of regions are")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="number format of the network")
     a = p.parse_args()
@@ -235,17 +236,54 @@ def seam_ratio(images, true, region, axis):
     return ratio(images) / ratio(true)
 
 
-def seams(sampler, n):
-    """Seam ratios at the borders of the regions of every brick, against as many other true scenes of that size."""
-    if sampler.model.info.get("dataset") != "landscapes":
-        raise ValueError("--seams compares with true scenes, which only the landscapes data set has at any size")
+def pyramid(images):
+    """The Laplacian pyramid of float (n, C, H, W): the detail lost by each halving down to 16 pixels, and what is left."""
+    levels = []
+    while min(images.shape[2:]) >= 32:
+        low = interpolate(images, scale_factor=.5, mode="bilinear", antialias=True)
+        levels.append(images - interpolate(low, images.shape[2:], mode="bilinear"))
+        images = low
+    return levels + [images]
+
+
+def distances(a, b):
+    """Sliced Wasserstein distance times 1000 at every level of the pyramids of uint8 images a and b (n, H, W, C), finest first
+    (Karras et al. 2018): between 128 patches of 7 x 7 pixels from every image, along 512 random directions."""
+    result = []
+    for level in zip(*(pyramid(to_float(images)) for images in (a, b))):
+        random, projected = generator("distances", len(result)), []
+        C, H, W = level[0].shape[1:]
+        directions = torch.randn(C * 49, 512, generator=random)
+        for images in level:
+            corner = [torch.randint(side - 6, (len(images), 128, 1, 1), generator=random) for side in (H, W)]
+            rows, columns = corner[0] + torch.arange(7)[:, None], corner[1] + torch.arange(7)     # (n, 128, 7, 1), (n, 128, 1, 7)
+            patches = images[torch.arange(len(images))[:, None, None, None], :, rows, columns]    # (n, 128, 7, 7, C)
+            std, mean = torch.std_mean(patches, (0, 1, 2, 3))
+            projected.append((((patches - mean) / std).flatten(2).flatten(0, 1) @ (directions / directions.norm(dim=0))).T.sort()[0])
+        result.append(1000 * (projected[0] - projected[1]).abs().mean().item())
+    return result
+
+
+def evaluate(sampler, name, n):
+    """Compare n samples with n images of a data set, and those with n others of it: nothing can be told closer than that."""
+    if name == "landscapes":
+        true, other = (landscapes(2 ** 32 + 1 + i, range(n), *sampler.size)[0] for i in range(2))
+    else:
+        data = load_data(name, "data", sampler.size[0])
+        n = min(n, len(data.held_out[0]))
+        true, other = (np.random.default_rng(0).permutation(images)[:n] for images in (data.held_out[0], data.train[0]))
     images = np.concatenate(list(sampler.batches(n)))
-    true, other = (landscapes(2 ** 32 + 1 + i, range(n), *sampler.size)[0] for i in range(2))
-    print("borders every   across rows  across columns   (in brackets: true scenes against other true scenes)")
+    if images.shape != true.shape:
+        raise ValueError(f"samples are {images.shape[1:]}, but images of {name} {true.shape[1:]} (height, width, channels)")
+    print(f"{n} samples against {n} images (in brackets: images against others of the data set)\nsliced Wasserstein distance x 1000, "
+          "from the finest level to the coarsest, and their mean")
+    ours, floor = (d + [sum(d) / len(d)] for d in (distances(images, true), distances(other, true)))
+    print("   ".join(f"{a:.1f} ({b:.1f})" for a, b in zip(ours, floor)))
+    print("seam ratio at borders every   across rows  across columns")
     for region in sorted({b.region for b in sampler.model.config.bricks}):
         cells = [f"{seam_ratio(images, true, region, axis):.2f} ({seam_ratio(other, true, region, axis):.2f})"
                  if sampler.size[axis - 1] > region else "" for axis in (1, 2)]
-        print(f"{region:>6} pixels   {cells[0]:>11}  {cells[1]:>14}")
+        print(f"{region:>20} pixels   {cells[0]:>11}  {cells[1]:>14}")
 
 
 def main():
@@ -254,8 +292,8 @@ def main():
     if out.suffix not in ("", ".png", ".npz"):
         raise ValueError(f"--out {out}: name a FILE.png, a FILE.npz or a folder")
     sampler = Sampler(a)
-    if a.bench or a.seams:
-        return bench(sampler) if a.bench else seams(sampler, a.n)
+    if a.bench or a.eval:
+        return bench(sampler) if a.bench else evaluate(sampler, a.eval, a.n)
     (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
     began, channels = time.perf_counter(), sampler.model.config.channels
     if a.stages:

@@ -1037,14 +1037,27 @@ def test_sampling_says_what_it_does(trained, tmp_path, capsys):
     assert float(table[6].split()[1][:-1]) == pytest.approx(100 * sum(model.flops(16, 16, (1, 2))) / sum(model.flops(16, 16)), abs=.06)
 
 
+def test_sliced_wasserstein_distance_tells_at_which_scale_images_differ():
+    a, b = (np.random.default_rng(i).integers(0, 128, (40, 64, 64, 3), np.uint8) for i in range(2))
+    floor = sample_tiny.distances(a, b)
+    stripes = lambda width, height: a + (np.arange(64) // width % 2 * height).astype(np.uint8)[:, None]
+    fine, broad, faint = (sample_tiny.distances(a, stripes(*s)) for s in ((1, 120), (16, 120), (16, 12)))
+    assert len(floor) == 3 and max(floor) < 50
+    assert fine[0] > 5 * floor[0] and fine[2] < 2 * floor[2]                          # seen by the finest level alone
+    assert broad[2] > 5 * floor[2] and broad[2] > 2 * max(broad[:2])                  # seen by the coarsest most
+    assert 1.2 * floor[2] < faint[2] < broad[2]
+    assert all(level.abs().max() < 1e-6 for level in sample_tiny.pyramid(torch.ones(1, 1, 64, 64))[:2])
+
+
 def test_seam_ratio(trained, capsys):
     column = np.arange(32)
     steps, ramp = ((c.astype(np.uint8)[None, None, :, None] * np.ones((2, 32, 1, 3), np.uint8)) for c in (column // 8 * 10 + column % 8, column))
     assert sample_tiny.seam_ratio(steps, ramp, 8, 2) == pytest.approx(3)              # 3 across borders, 1 elsewhere
     assert sample_tiny.seam_ratio(steps.transpose(0, 2, 1, 3), ramp.transpose(0, 2, 1, 3), 8, 1) == pytest.approx(3)
-    assert in_process(sample_tiny, "--ckpt", trained / "checkpoint.pt", "--seams", "--n", 4, "--steps", 3, "--size", "16x32") == 0
-    rows = capsys.readouterr().out.splitlines()[-2:]
-    assert [row.split()[0] for row in rows] == ["8", "16"] and len(re.findall(r"\d\.\d\d \(\d\.\d\d\)", rows[0])) == 2
+    assert in_process(sample_tiny, "--ckpt", trained / "checkpoint.pt", "--eval", "landscapes", "--n", 4, "--steps", 3, "--size", "16x32") == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = lines[-2:]
+    assert len(re.findall(r"\d+\.\d \(\d+\.\d\)", lines[-4])) == 2 and [row.split()[0] for row in rows] == ["8", "16"] and len(re.findall(r"\d\.\d\d \(\d\.\d\d\)", rows[0])) == 2
 
 
 @pytest.mark.parametrize("flags, word", [
