@@ -192,8 +192,8 @@ def time_features(t):
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v for q, k, v (..., N, d); mask (..., N, N) is True where a token may look."""
     # The fused kernel pays on accelerators and for long sequences. On a CPU in bfloat16 its backward pass is ten times
-    # slower than these three lines at the 16 to 256 tokens of a region.
-    if q.device.type != "cpu" or q.shape[-2] > 256:
+    # slower than these three lines at the 16 to 256 tokens of a region, and its forward pass slower at fewer than 32.
+    if q.device.type != "cpu" or q.shape[-2] > (256 if torch.is_grad_enabled() else 32):
         return scaled_dot_product_attention(q, k, v, mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:

@@ -187,7 +187,7 @@ def stages(sampler, columns=9):
     return picture(to_bytes(rows), columns)
 
 
-def bench(sampler, rounds=5):
+def bench(sampler, rounds=4):
     """Tables of what pixels and bricks cost. Cases take turns, so that a slow moment of the machine is slow for all."""
     model, config, device, n = sampler.model, sampler.model.config, sampler.device, sampler.batch
     spread = lambda times, per: "{1:.4g} ({0:.4g} to {2:.4g})".format(*1000 / per * np.quantile(times, [.1, .5, .9]))

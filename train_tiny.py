@@ -471,7 +471,7 @@ def read_flags():
     flag(p, "--batch", 32, "images per step, over all processes", type=int)
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
     flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number per brick, comma "
-         "separated (default: 1 for bricks of 64 tokens an image or fewer, else the share that makes them 64)")
+         "separated (default: what makes 64 tokens of a 32x32 image, or 32 for a brick of small regions)")
     flag(p, "--brick-drop", 0.0, "chance of leaving a brick out of a step", type=float)
     flag(p, "--label-drop", 0.1, "chance of hiding an image's label, for guidance", type=float)
     flag(p, "--flip", None, "mirror images at random (default: yes but for landscapes and fashion-mnist)",
@@ -522,10 +522,11 @@ def make_config(s, data):
 
 
 def region_fractions(text, config):
-    """One share per brick. By default every brick trains on as many tokens of an image as the largest patch makes of it."""
+    """One share per brick. By default every brick trains on as many tokens of an image as the largest patch makes of it, and on
+    half of those if its regions are smaller than that: measured best at equal time, see the README."""
     if text is None:
         tokens = [math.prod(b.grid(config.size, config.size)) * b.tokens for b in config.bricks]
-        return [min(tokens) / n for n in tokens]
+        return [min(tokens) / n / (1 if b.tokens >= min(tokens) else 2) for n, b in zip(tokens, config.bricks)]
     try:
         shares = [float(word) for word in text.split(",")]
     except ValueError:
@@ -774,7 +775,7 @@ class Trainer:
                     bar.set_postfix_str(f"loss {mean[0]:.4f}, {self.step * s.batch / self.seconds:.0f} images/s, {left / 60:.1f} min left")
                 if self.seconds - saved > 60 * s.save_minutes:
                     self.save(out)
-                    saved = self.seconds
+                    saved = time.perf_counter() - self.began                    # counted from the end of this one
         if self.step > first:
             self.save(out)
         rate = self.step * s.batch / max(self.seconds, 1e-9)
@@ -787,7 +788,8 @@ class Trainer:
         """Tables of the time of a step, by precision and by share of regions. All cases take turns, so that a slow moment of
         the machine is slow for all, and each step is followed by a large matrix product, of whose speed it reaches a share."""
         batches, own = iter(self.batches()), self.fractions
-        cases = [(p, [f if f == 1 else min(1, f * share) for f in own]) for p, share in (("bf16", 1), ("fp32", 1), ("bf16", 1e9), ("bf16", 2), ("bf16", .5))]
+        tokens = [math.prod(b.grid(self.config.size, self.config.size)) * b.tokens for b in self.config.bricks]
+        cases = [("bf16", own), ("fp32", own)] + [("bf16", [min(1, times * min(tokens) / n) for n in tokens]) for times in (1, 2, 4)]
         contexts = {p: pick_precision(p, self.device) for p in ("bf16", "fp32")}
         flops, rows = [], [[] for _ in cases]
         for i in range(rounds + 2):                                             # the first two count FLOPs and warm up
