@@ -784,23 +784,25 @@ class Trainer:
         print(f"go on with: python train_tiny.py --resume {out}" if stopped else
               f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}")
 
-    def bench(self, rounds=12):
-        """Tables of the time of a step, by precision and by share of regions. All cases take turns, so that a slow moment of
-        the machine is slow for all, and each step is followed by a large matrix product, of whose speed it reaches a share."""
+    def bench(self, rounds=20):
+        """Tables of the time of a step, by precision and by share of regions. All cases take turns in random order, so that a
+        slow moment of the machine is slow for all, and each step is followed by a large matrix product, of whose speed it
+        reaches a share."""
         batches, own = iter(self.batches()), self.fractions
         tokens = [math.prod(b.grid(self.config.size, self.config.size)) * b.tokens for b in self.config.bricks]
         cases = [("bf16", own), ("fp32", own)] + [("bf16", [min(1, times * min(tokens) / n) for n in tokens]) for times in (1, 2, 4)]
         contexts = {p: pick_precision(p, self.device) for p in ("bf16", "fp32")}
         flops, rows = [], [[] for _ in cases]
         for i in range(rounds + 2):                                             # the first two count FLOPs and warm up
-            for (precision, self.fractions), row in zip(cases, rows):
-                self.autocast, images = contexts[precision], next(batches)
+            for k in np.random.default_rng(i).permutation(len(cases)) if i else range(len(cases)):
+                (precision, self.fractions), row, images = cases[k], rows[k], next(batches)
+                self.autocast = contexts[precision]
                 with nullcontext() if i else FlopCounterMode(display=False) as counter:
                     compute = timed(lambda: self.gradients(*images), self.device)
                 update, peak = timed(lambda: self.update(.5), self.device), large_product(self.device, precision)
                 flops += [] if i else [counter.get_total_flops()]
                 row += [(compute, update, compute + update, peak)] if i > 1 else []
-        print(f"\nmilliseconds a step of {self.s.batch} images: median (10% to 90%) of {rounds}, in turn; share of the speed of a "
+        print(f"\nmilliseconds a step of {self.s.batch} images: median (10% to 90%) of {rounds}, in random turns; share of the speed of a "
               "matrix product of 2048^3 in the same precision\n"
               "precision  regions          forward, backward     optimizers   whole step   images/s   GFLOP/s   share")
         for (precision, fractions), count, row in zip(cases, flops, rows):
