@@ -187,8 +187,8 @@ def stages(sampler, columns=9):
     return picture(to_bytes(rows), columns)
 
 
-def bench(sampler, rounds=4):
-    """Tables of what pixels and bricks cost. Cases take turns, so that a slow moment of the machine is slow for all."""
+def bench(sampler, rounds=8):
+    """Tables of what pixels and bricks cost. Cases take random turns, so that a slow moment of the machine is slow for all."""
     model, config, device, n = sampler.model, sampler.model.config, sampler.device, sampler.batch
     spread = lambda times, per: "{1:.4g} ({0:.4g} to {2:.4g})".format(*1000 / per * np.quantile(times, [.1, .5, .9]))
 
@@ -213,9 +213,9 @@ def bench(sampler, rounds=4):
     subsets += [((), steps), (tuple(range(K // 2, K)), steps)]                  # and whole samples, all bricks and half of them
     times, flops = [[] for _ in subsets], []
     for i in range(rounds + 1):
-        for (skip, steps), row in zip(subsets, times):
-            sampler.flops = 0
-            row.append(timed(lambda: sampler.images(range(n), skip=skip, steps=steps), device))
+        for k in np.random.default_rng(i).permutation(len(subsets)) if i else range(len(subsets)):
+            (skip, steps), sampler.flops = subsets[k], 0
+            times[k].append(timed(lambda: sampler.images(range(n), skip=skip, steps=steps), device))
             flops += [] if i else [sampler.flops / n]
     print(f"\n{n} images of {sampler.size[0]}x{sampler.size[1]}, {sampler.diffusion.sampler}: ms per image (10% to 90% of {rounds})\n"
           "skipped   steps  GFLOPs  time per image              FLOPs    time   time saved / FLOPs saved")
