@@ -521,11 +521,16 @@ def make_config(s, data):
     return replace(preset, **changes)
 
 
+def image_tokens(config):
+    """How many tokens each brick makes of a training image."""
+    return [math.prod(b.grid(config.size, config.size)) * b.tokens for b in config.bricks]
+
+
 def region_fractions(text, config):
     """One share per brick. By default every brick trains on as many tokens of an image as the largest patch makes of it, and on
     half of those if its regions are smaller than that: measured best at equal time, see the README."""
     if text is None:
-        tokens = [math.prod(b.grid(config.size, config.size)) * b.tokens for b in config.bricks]
+        tokens = image_tokens(config)
         return [min(tokens) / n / (1 if b.tokens >= min(tokens) else 2) for n, b in zip(tokens, config.bricks)]
     try:
         shares = [float(word) for word in text.split(",")]
@@ -788,8 +793,7 @@ class Trainer:
         """Tables of the time of a step, by precision and by share of regions. All cases take turns in random order, so that a
         slow moment of the machine is slow for all, and each step is followed by a large matrix product, of whose speed it
         reaches a share."""
-        batches, own = iter(self.batches()), self.fractions
-        tokens = [math.prod(b.grid(self.config.size, self.config.size)) * b.tokens for b in self.config.bricks]
+        batches, own, tokens = iter(self.batches()), self.fractions, image_tokens(self.config)
         cases = [("bf16", own), ("fp32", own)] + [("bf16", [min(1, times * min(tokens) / n) for n in tokens]) for times in (1, 2, 4)]
         contexts = {p: pick_precision(p, self.device) for p in ("bf16", "fp32")}
         flops, rows = [], [[] for _ in cases]
