@@ -180,6 +180,8 @@ def stages(sampler, columns=9):
         return x0
 
     sampler.images([0], guide=watch)
+    if not seen:
+        raise ValueError(f"--stages needs --size {sampler.model.config.size} or more: a smaller image is a shrunken one")
     levels = sorted(seen, reverse=True)
     levels = [levels[round(i * (len(levels) - 1) / (columns - 1))] for i in range(columns)]
     print("noise levels " + ", ".join(f"{s:.3g}" for s in levels))
@@ -266,6 +268,8 @@ def distances(a, b):
 
 def evaluate(sampler, name, n):
     """Compare n samples with n images of a data set, and those with n others of it: nothing can be told closer than that."""
+    if min(sampler.size) < 7:
+        raise ValueError(f"--eval compares patches of 7x7 pixels: images of {sampler.size[0]}x{sampler.size[1]} are too small")
     if name == "landscapes":
         true, other = (landscapes(2 ** 32 + 1 + i, range(n), *sampler.size)[0] for i in range(2))
     else:
@@ -312,7 +316,7 @@ def main():
             save_picture(picture(image[None], 1, enlarge=False), out / f"{i:06d}.png")
     seconds = time.perf_counter() - began
     print(f"{a.n} images of {sampler.size[0]}x{sampler.size[1]} in {seconds:.1f} s: {sampler.flops / a.n / 1e9:.2f} GFLOPs and "
-          f"{1000 * seconds / a.n:.1f} ms per image, written to {out}")
+          f"{1000 * seconds / a.n:.1f} ms per image, peak memory {peak_memory(sampler.device):.0f} MB, written to {out}")
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def test_any_canvas_equals_a_slow_plain_brick(H, W, offset, wrap, official):
             assert torch.allclose(fast, slow, atol=2e-6), f"brick {brick.spec}"      # coordinates are float32
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= 20)) for seed in range(200)])
 def test_random_stacks_on_random_canvases(seed):
     random = np.random.default_rng(seed)
     pick = lambda *options: options[random.integers(len(options))]
@@ -1079,7 +1079,8 @@ def test_bad_training_flags_give_one_line_and_exit_code_2(flags, word, capsys, t
     (["--steps", "0"], "--steps"), (["--steps", "99999"], "--steps"), (["--size", "99999x99999"], "--size"), (["--size", "-4"], "--size"),
     (["--guidance", "-1"], "--guidance"), (["--guidance", "inf"], "--guidance"), (["--churn", "nan"], "--churn"), (["--batch", "0"], "--batch"),
     (["--seed", "-1"], "--seed"), (["--skip", "-1"], "--skip"), (["--skip", "0@0.5"], "--skip"), (["--stages", "--bench"], "not allowed with"),
-    (["--out", "README.md/s.png"], "README.md"), (["--label", "-1"], "--label")])
+    (["--out", "README.md/s.png"], "README.md"), (["--label", "-1"], "--label"),
+    (["--stages", "--size", "8"], "--size 16 or more"), (["--eval", "landscapes", "--size", "40x4"], "40x4 are too small")])
 def test_bad_sampling_flags_give_one_line_and_exit_code_2(trained, flags, word, capsys, tmp_path):
     assert in_process(sample_tiny, "--ckpt", trained / "checkpoint.pt", "--out", tmp_path / "s.png", *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()

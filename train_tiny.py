@@ -434,10 +434,12 @@ def large_product(device, precision):
 
 
 def peak_memory(device):
-    """The most memory used so far, in MB: the process's resident set, or what torch took on a GPU."""
+    """The most memory used so far, in MB: the process's resident set (NaN on Windows), or what torch took on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    import resource                     # not on Windows
+    if sys.platform == "win32":
+        return math.nan
+    import resource                     # which Windows lacks
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
@@ -784,7 +786,8 @@ class Trainer:
         if self.step > first:
             self.save(out)
         rate = self.step * s.batch / max(self.seconds, 1e-9)
-        print(f"{'stopped' if stopped else 'done'} at step {self.step} after {self.seconds:.0f} s, {rate:.0f} images/s"
+        print(f"{'stopped' if stopped else 'done'} at step {self.step} after {self.seconds:.0f} s, {rate:.0f} images/s, peak memory "
+              f"{peak_memory(self.device):.0f} MB"
               + (f"; {self.unsound} steps had gradients that were not finite and were left out" if self.unsound else ""))
         print(f"go on with: python train_tiny.py --resume {out}" if stopped else
               f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}")
