@@ -31,7 +31,7 @@ def read_flags():
     p = Parser(description="Sample from a LEGO diffusion stack.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", help="checkpoint file (default: the newest under runs/, else the pretrained one in assets/)")
     p.add_argument("--skip", default="", help="bricks to leave out: 2,3 at every step; 2,3@0-0.5 in the first, noisy half of the "
-                   "steps; several such parts separated by semicolons")
+                   "steps; several such parts separated by semicolons; auto: every brick where it hardly matters, as training measured")
     p.add_argument("--size", help="SIDE or HEIGHTxWIDTH in pixels: height decides the resolution, and width beyond that widens the "
                    "scene (default: the training size)")
     p.add_argument("--n", type=int, default=32, help="number of images")
@@ -82,9 +82,15 @@ def parse_size(text, size):
     return sides[0], sides[-1]
 
 
-def parse_skip(text, model, steps):
-    """The brick indices to skip as a function of the sampler's progress, checked for every step."""
-    parts = []
+def parse_skip(text, model, sigmas):
+    """The brick indices to skip as a function of the sampler's progress, checked for every step of the noise levels `sigmas`."""
+    steps, parts = len(sigmas) - 1, []
+    if text == "auto":
+        try:
+            useful = [(float(low), float(high)) for low, high in model.info["useful"]]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError("--skip auto: training has not measured where the bricks of this checkpoint matter") from None
+        return lambda progress: {k for k, (low, high) in enumerate(useful) if not low <= sigmas[round(progress * steps)] <= high}
     for part in filter(None, text.replace(" ", "").split(";")):
         match = re.fullmatch(r"(\d+(?:,\d+)*)(?:@(\d*\.?\d+)-(\d*\.?\d+))?", part)
         if not match:
@@ -129,13 +135,14 @@ class Sampler:
         self.size = parse_size(a.size, self.model.config.size)
         self.label = parse_label(a.label, self.model)
         self.settings = dict(steps=steps, sampler="euler" if a.sampler == "ddim" else a.sampler, churn=a.churn, clip=True,
-                             guidance=a.guidance, skip=parse_skip(a.skip, self.model, steps))
+                             guidance=a.guidance, skip=parse_skip(a.skip, self.model, self.diffusion.levels(steps)))
         self.flops = 0
         self.model.register_forward_pre_hook(self.count, with_kwargs=True)
-        always = self.settings["skip"](0) if "@" not in a.skip else ()
-        print(f"{path}: {objective}, trained on {self.model.info.get('dataset', '?')}\n{self.model.table(always)}")
+        skipped = [self.settings["skip"](i / steps) for i in range(steps)]
+        print(f"{path}: {objective}, trained on {self.model.info.get('dataset', '?')}\n{self.model.table(set.intersection(*skipped))}")
         if a.skip:
-            print(f"skipping {a.skip}")
+            run = [sum(k not in now for now in skipped) for k in range(len(self.model.bricks))]
+            print(f"skipping {a.skip}: of {steps} steps the bricks run in {', '.join(map(str, run))}")
 
     def count(self, model, arguments, settings):
         x = arguments[0]

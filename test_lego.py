@@ -899,8 +899,8 @@ def test_training_learns_and_leaves_checkpoint_log_and_picture(trained):
     assert 1.3 > rows["loss"][0] > rows["loss"][2] > .2
     model = load_checkpoint(trained / "checkpoint.pt")
     data = train_tiny.load_data("landscapes", "", 16)
-    loss = train_tiny.held_out_loss(model, EDM(), data, train_tiny.pick_precision("fp32", torch.device("cpu")), count=64)
-    fresh = train_tiny.held_out_loss(Lego(model.config), EDM(), data, train_tiny.pick_precision("fp32", torch.device("cpu")), count=64)
+    loss = train_tiny.held_out_loss(model, EDM(), data, train_tiny.pick_precision("fp32", torch.device("cpu")), count=64)[0].mean(0)
+    fresh = train_tiny.held_out_loss(Lego(model.config), EDM(), data, train_tiny.pick_precision("fp32", torch.device("cpu")), count=64)[0].mean(0)
     assert max(loss) < .8 * min(fresh)
     assert model.info["classes"] == train_tiny.LANDSCAPES and model.info["images"] == 480
 
@@ -1028,6 +1028,23 @@ def test_sampling_says_what_it_does(trained, tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()[-9:-2]
     assert [row.split()[0] for row in table] == ["nothing", "0", "1", "2", "0,1", "0,2", "1,2"]
     assert float(table[6].split()[7][:-1]) == pytest.approx(100 * sum(model.flops(16, 16, (1, 2))) / sum(model.flops(16, 16)), abs=.06)
+
+
+def test_skip_auto_leaves_out_what_hardly_lowers_the_loss(trained):
+    sigma, last = torch.tensor([8., .1, 1., .5, 4., 2.]), torch.full((6,), 10.)
+    gain = torch.tensor([0., .05, .3, .3, .1, .3])                                    # of 60 in all: .12 may be lost on either side
+    losses = torch.stack([last + gain, last, last], 1)
+    useful = train_tiny.useful_levels(losses, sigma)
+    assert useful == [(0, torch.inf), (.5, 2.), (0, 0)]
+    model = load_checkpoint(trained / "checkpoint.pt")
+    assert len(model.info["useful"]) == 3
+    model.info["useful"] = useful
+    at = sample_tiny.parse_skip("auto", model, [80., 2., 1., .4, 0.])
+    assert [at(i / 4) for i in range(4)] == [{1, 2}, {2}, {2}, {1, 2}]
+    for broken in ({}, dict(useful=3), dict(useful=[("low", "high")])):
+        model.info = broken
+        with pytest.raises(ValueError, match="has not measured"):
+            sample_tiny.parse_skip("auto", model, [80., 0.])
 
 
 def test_sliced_wasserstein_distance_tells_at_which_scale_images_differ():

@@ -602,7 +602,8 @@ def share(parameters, extra, world):
 
 @torch.no_grad()
 def held_out_loss(model, diffusion, data, autocast, count=512, batch=128):
-    """Loss of every brick (K,) on held-out images, at fixed noise: the quantiles of the training distribution of sigma."""
+    """Loss of every brick on held-out images, at fixed noise: the quantiles of the training distribution of sigma. Returns the
+    losses (count, K) and sigma (count,)."""
     images, labels = data.held(count)
     g = generator("held-out")
     sigma = diffusion.sigma_at((torch.randperm(len(images), generator=g) + .5) / len(images))
@@ -612,9 +613,24 @@ def held_out_loss(model, diffusion, data, autocast, count=512, batch=128):
         x0, y, s, n = (t[part].to(device) for t in (images, labels, sigma, noise))
         with autocast():
             losses.append(diffusion.loss(model, x0, y if model.config.classes else None, sigma=s, noise=n)[1])
-    return torch.cat(losses).mean(0).tolist()
+    return torch.cat(losses).cpu(), sigma
 
 
+def useful_levels(losses, sigma, tolerance=0.002):
+    """For every brick the lowest and highest sigma at which it is worth running, for `sample_tiny.py --skip auto`: leaving it out
+    below, and likewise above, raises the sum of the losses (n, K) by no more than `tolerance` of the last brick's. The first
+    brick is always worth it; a brick that never is gets (0, 0)."""
+    sigma, order = sigma.sort()
+    gains = (losses[:, :-1] - losses[:, 1:])[order] / losses[:, -1].sum()         # (n, K - 1): what each brick takes off
+    levels = [(0.0, math.inf)]
+    for gain in gains.T:
+        below, above = gain.cumsum(0), gain.flip(0).cumsum(0).flip(0)
+        worth = sigma[(below > tolerance) & (above > tolerance)].tolist() or [0.0]
+        levels.append((worth[0], worth[-1]))
+    return levels
+
+
+@torch.no_grad()
 def sample_sheet(model, diffusion, autocast, seed=0):
     """A picture of samples, a class in every column."""
     classes = model.config.classes
@@ -750,11 +766,13 @@ class Trainer:
     def save(self, out):
         """Checkpoint, held-out loss and sample picture, by the first process."""
         if self.rank == 0:
-            self.model.info |= dict(step=self.step, images=self.step * self.s.batch, seconds=self.seconds,
-                                    unsound=self.unsound, settings={k: v for k, v in vars(self.s).items() if k not in ("resume", "bench")})
+            losses, sigma = held_out_loss(self.ema, self.diffusion, self.data, self.autocast)
+            settings = {k: v for k, v in vars(self.s).items() if k not in ("resume", "bench")}
+            self.model.info |= dict(step=self.step, images=self.step * self.s.batch, seconds=self.seconds, settings=settings,
+                                    unsound=self.unsound, useful=useful_levels(losses, sigma))
             save_checkpoint(out / "checkpoint.pt", self.model, weights=self.ema.state_dict(), train=dict(
                 weights=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers], sums=self.sums))
-            held_out = held_out_loss(self.ema, self.diffusion, self.data, self.autocast)
+            held_out = losses.mean(0).tolist()
             self.log(out / "held_out.csv", held_out)
             save_picture(sample_sheet(self.ema, self.diffusion, self.autocast), out / f"samples-{self.step:07d}.png")
             tqdm.write(f"step {self.step}, {self.seconds / 60:.1f} min: held-out loss " + ", ".join(f"{h:.4f}" for h in held_out))
