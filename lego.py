@@ -494,7 +494,7 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, labels=None, *, steps=None, sampler=None, skip=(), guidance=1.0, generator=None, guide=None,
-               callback=None, clip=False, churn=0.0, refine=0.3):
+               callback=None, clip=False, churn=0.0, refine=0.3, plain=False):
         """Images (B, C, H, W), about [-1, 1], of the `shape` asked for, from noise.
 
         steps: noise levels walked (None: 18 for EDM, 100 for DDPM). sampler: "heun" (Karras et al. 2022, algorithm 2; two
@@ -509,14 +509,14 @@ class Diffusion:
         grid of regions shifted sideways at every step so that no seam stays. It is then enlarged in steps of at most two, and
         each time noise of level `refine` is added and removed by the last steps of the same walk, with the grid shifted both
         ways, so that neither regions nor patches leave their mark. A lower canvas is a shrunken one, a narrower canvas the
-        middle of a full one."""
+        middle of a full one. plain: none of this, but one walk over the whole canvas with the grid in place."""
         (B, C, H, W), size, device = shape, model.config.size, next(model.parameters()).device
         sampler, steps = sampler or self.sampler, steps or self.steps
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
         sigmas = self.levels(steps)
         joins = next(i for i, sigma in enumerate(sigmas) if sigma <= refine)
-        sizes = canvases(size, H, W)
+        sizes = [(H, W)] if plain else canvases(size, H, W)
         total = steps + (steps - joins) * sum(h > size for h, _ in sizes[1:])
         done = 0
 
@@ -560,6 +560,8 @@ class Diffusion:
                     callback(done, total, x0)
             return x
 
+        if plain:
+            return walk(sigmas[0] * normal(shape, generator, device), 0, down=False, across=False)
         h, w = sizes[0]
         whole = (B, C, size, math.ceil(w / size) * size)
         x0 = walk(sigmas[0] * normal(whole, generator, device), 0, down=False, across=w > size)

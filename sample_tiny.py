@@ -34,6 +34,8 @@ def read_flags():
                    "steps; several such parts separated by semicolons; auto: every brick where it hardly matters, as training measured")
     p.add_argument("--size", help="SIDE or HEIGHTxWIDTH in pixels: height decides the resolution, and width beyond that widens the "
                    "scene (default: the training size)")
+    p.add_argument("--canvas", default="ours", choices=["ours", "tiled", "one"], help="how a canvas beyond the training size is made: "
+                   "our way; regions side by side, as in the released code; or with image-level regions as large as the canvas")
     p.add_argument("--n", type=int, default=32, help="number of images")
     p.add_argument("--batch", type=int, default=32, help="images computed at a time")
     p.add_argument("--steps", type=int, help="noise levels walked (default: 18 for edm, 100 for ddpm)")
@@ -121,6 +123,17 @@ def parse_label(text, model):
     return lambda i: names.index(text) if text in names else int(text)
 
 
+def stretched(model, span):
+    """The same network as the released code runs it on any canvas, coordinates stretched over it: what ours is compared with.
+    Its image-level bricks get regions of at least `span` pixels."""
+    size, grow = model.config.size, lambda b: replace(b, region=max(b.region, math.ceil(span / b.patch) * b.patch))
+    bricks = tuple(grow(b) if b.region >= size else b for b in model.config.bricks)
+    other = Lego(replace(model.config, bricks=bricks, stretch=True))
+    other.load_state_dict(model.state_dict())
+    other.info = model.info
+    return other
+
+
 class Sampler:
     """Everything that the flags decide, ready to give images by number."""
 
@@ -128,15 +141,18 @@ class Sampler:
         path = find_checkpoint(a.ckpt)
         self.device = pick_device(a.device)
         self.autocast = pick_precision(a.precision, self.device)
-        self.model = load_checkpoint(path).to(self.device)
+        self.model = load_checkpoint(path)
         objective = self.model.info.get("objective", "edm")
         self.diffusion, self.seed, self.batch = OBJECTIVES[objective](), a.seed, a.batch
         steps = a.steps or self.diffusion.steps
         self.size = parse_size(a.size, self.model.config.size)
         self.label = parse_label(a.label, self.model)
+        if a.canvas != "ours":
+            self.model = stretched(self.model, max(self.size) if a.canvas == "one" else 0)
         self.settings = dict(steps=steps, sampler="euler" if a.sampler == "ddim" else a.sampler, churn=a.churn, clip=True,
-                             guidance=a.guidance, skip=parse_skip(a.skip, self.model, self.diffusion.levels(steps)))
+                             plain=a.canvas != "ours", guidance=a.guidance, skip=parse_skip(a.skip, self.model, self.diffusion.levels(steps)))
         self.flops = 0
+        self.model.to(self.device)
         self.model.register_forward_pre_hook(self.count, with_kwargs=True)
         skipped = [self.settings["skip"](i / steps) for i in range(steps)]
         print(f"{path}: {objective}, trained on {self.model.info.get('dataset', '?')}\n{self.model.table(set.intersection(*skipped))}")

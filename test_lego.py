@@ -1030,6 +1030,21 @@ def test_sampling_says_what_it_does(trained, tmp_path, capsys):
     assert float(table[6].split()[7][:-1]) == pytest.approx(100 * sum(model.flops(16, 16, (1, 2))) / sum(model.flops(16, 16)), abs=.06)
 
 
+def test_canvases_to_compare_with(trained, tmp_path):
+    model = load_checkpoint(trained / "checkpoint.pt")
+    tiled, one = (sample_tiny.stretched(model, span) for span in (0, 24))
+    assert [b.region for b in tiled.config.bricks] == [16, 8, 8] and [b.region for b in one.config.bricks] == [24, 8, 8]
+    labels, noise = torch.tensor([0, 1]), [generator("c", i) for i in range(2)]
+    x0 = EDM().sample(tiled, (2, 3, 16, 24), labels, steps=1, sampler="euler", generator=noise, plain=True)
+    noise = 80 * torch.stack([torch.randn(3, 16, 24, generator=generator("c", i)) for i in range(2)])
+    assert torch.allclose(x0, EDM().denoise(tiled, noise, 80., labels), atol=1e-4)                # one walk over the canvas as it is
+    for canvas in ("ours", "tiled", "one"):
+        assert in_process(sample_tiny, "--ckpt", trained / "checkpoint.pt", "--n", 2, "--steps", 3, "--size", "24x24", "--canvas", canvas,
+                          "--out", tmp_path / f"{canvas}.npz") == 0
+    a, b, c = (np.load(tmp_path / f"{canvas}.npz")["arr_0"].astype(float) for canvas in ("ours", "tiled", "one"))
+    assert min(np.abs(a - b).mean(), np.abs(b - c).mean()) > 1
+
+
 def test_skip_auto_leaves_out_what_hardly_lowers_the_loss(trained):
     sigma, last = torch.tensor([8., .1, 1., .5, 4., 2.]), torch.full((6,), 10.)
     gain = torch.tensor([0., .05, .3, .3, .1, .3])                                    # of 60 in all: .12 may be lost on either side
