@@ -426,15 +426,15 @@ class Diffusion:
     D = c_skip x + c_out F estimates x0. The two differ in these coefficients, in the noise levels they train on, and in the
     levels they sample at. The network's target (x0 - c_skip x) / c_out has the same form for both, and so has the loss."""
 
-    def loss(self, model, x0, labels=None, *, skip=(), region_fraction=None, brick_drop=0.0, label_drop=0.0, generator=None,
-             shard=(0, 1), sigma=None, noise=None):
+    def loss(self, model, x0, labels=None, *, skip=(), region_fraction=None, brick_drop=0.0, label_drop=0.0, supervise_all=True,
+             generator=None, shard=(0, 1), sigma=None, noise=None):
         """(scalar loss, detached losses (B, K) of every brick, sigma (B,)) for x0 (B, C, H, W) in [-1, 1].
 
         Mean over the bricks run of the mean squared error of F (paper, equation 6, with lambda = 1 / c_out^2). A brick not run
         has NaN. region_fraction: for every brick the share of its regions to run and to learn from, those nearest to one random
         point (counted round the edges), so that most regions meet the refined z that they will meet when sampling.
-        brick_drop: chance of leaving a brick out of this batch; label_drop: chance of hiding a label. Draws come from the CPU
-        `generator`, unless sigma (B,) and noise (B, C, H, W) are given. shard (rank, world): x0 is the rank-th part of a batch
+        brick_drop: chance of leaving a brick out of this batch; label_drop: chance of hiding a label; supervise_all: train on the
+        losses of all bricks run, not on the last one's alone. Draws come from the CPU `generator`, unless sigma (B,) and noise (B, C, H, W) are given. shard (rank, world): x0 is the rank-th part of a batch
         shared by `world` processes; the draws are those of the whole batch."""
         (B, device), (rank, world), K = (len(x0), x0.device), shard, len(model.config.bricks)
         n, mine = world * B, slice(rank * B, (rank + 1) * B)
@@ -465,13 +465,10 @@ class Diffusion:
         target = (x0 - c_skip * x) / c_out                                                        # (B, C, H, W)
         kept = model.kept(skip)
         out = model(c_in * x, c_noise.flatten(), labels, skip=skip, return_all=True, regions=regions)
+        errors = torch.stack([((F - target).square() * weights[k]).mean((1, 2, 3)) for k, F in zip(kept, out)], 1)    # (B, run)
         losses = torch.full((B, K), torch.nan, device=device)
-        total = 0
-        for k, F in zip(kept, out):
-            error = ((F - target).square() * weights[k]).mean((1, 2, 3))                          # (B,)
-            total = total + error.mean() / len(kept)
-            losses[:, k] = error.detach()
-        return total, losses, sigma
+        losses[:, kept] = errors.detach()
+        return (errors if supervise_all else errors[:, -1]).mean(), losses, sigma
 
     def denoise(self, model, x, sigma, labels=None, *, skip=(), guidance=1.0, return_all=False, offset=(0, 0), wrap=False):
         """Estimate of x0 (B, C, H, W), or one for every brick run, from x = x0 + sigma * eps; sigma a number or (B,).

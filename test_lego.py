@@ -362,6 +362,9 @@ def test_which_bricks_a_loss_trains(detach):
     reached = [any(p.grad is not None and bool(p.grad.any()) for p in brick.parameters()) for brick in model.bricks]
     assert reached == [not detach, not detach, True, False]
     assert model.time[0].weight.grad.any()
+    draws = lambda **how: EDM().loss(model, x, generator=generator(1), **how)
+    (every, each, _), (last, again, _) = draws(), draws(supervise_all=False)
+    assert torch.allclose(every, each.mean()) and torch.allclose(last, each[:, -1].mean()) and torch.equal(each, again)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1094,7 +1097,8 @@ def test_seam_ratio(trained, capsys):
     (["--bricks", "8/2x1", "--preset", "tiny"], "not allowed with"), (["--steps", "5", "--minutes", "1"], "not allowed with"),
     (["--bricks", "2048/1x1"], "tokens per region are too many"), (["--bricks", "8/2x99999"], "depth"), (["--lr", "nan"], "--lr"),
     (["--width", "1048576"], "from 4 to 16384"), (["--batch", "99999"], "--batch"), (["--label-drop", "1.5"], "--label-drop"), (["--save-minutes", "-1"], "--save-minutes"),
-    (["--seed", "-1"], "--seed"), (["--out", "README.md/run"], "README.md"), (["--resume", "assets"], "assets")])
+    (["--seed", "-1"], "--seed"), (["--out", "README.md/run"], "README.md"), (["--resume", "assets"], "assets"),
+    (["--without", "luck"], "take some of local_mlp")])
 def test_bad_training_flags_give_one_line_and_exit_code_2(flags, word, capsys, tmp_path):
     defaults = {} if "--steps" in flags or "--minutes" in flags else {"--steps": 1}
     assert in_process(train_tiny, "--out", tmp_path / "run", *itertools.chain(*defaults.items()), *flags) == 2

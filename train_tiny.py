@@ -448,6 +448,7 @@ def peak_memory(device):
 DEFAULTS = {}           # filled by `flag`: a flag that was not given keeps a resumed run's value, else takes this
 FREE = {"bench", "resume", "steps", "minutes", "device", "data_dir", "save_minutes"}     # may differ when a run is resumed
 LOG_EVERY = 20          # steps
+CHOICES = "local_mlp", "residual", "detach", "supervision"      # what --without leaves out: see LegoConfig and Diffusion.loss
 
 
 def flag(parser, name, default, help, **settings):
@@ -466,6 +467,7 @@ def read_flags():
     flag(stack, "--bricks", None, 'a stack of your own, region/patch x depth, such as "32/4x6 8/2x2"; replaces --preset')
     flag(p, "--width", None, "width of the Transformer blocks (default: the preset's)", type=int)
     flag(p, "--heads", None, "attention heads (default: the preset's)", type=int)
+    flag(p, "--without", "", "to compare, train without some of our choices, comma separated: " + ", ".join(CHOICES))
     flag(p, "--size", 32, "height and width of the training images", type=int)
     flag(p, "--objective", "edm", "edm or ddpm", choices=list(OBJECTIVES))
     flag(budget, "--steps", None, "budget in optimizer steps", type=int)
@@ -518,6 +520,10 @@ def make_config(s, data):
     preset = PRESETS[s.preset]
     changes = dict(channels=data.channels, classes=len(data.classes) if len(data.classes) > 1 else 0, size=s.size,
                    width=preset.width if s.width is None else s.width, heads=preset.heads if s.heads is None else s.heads)
+    without = set(filter(None, s.without.split(",")))
+    if not without <= set(CHOICES):
+        raise ValueError(f"--without {s.without}: take some of {', '.join(CHOICES)}")
+    changes |= {name: False for name in without - {"supervision"}}
     if s.bricks:
         changes["bricks"] = LegoConfig.parse(s.bricks, width=4, heads=1).bricks
     return replace(preset, **changes)
@@ -715,7 +721,8 @@ class Trainer:
         with self.autocast():
             loss, losses, sigma = self.diffusion.loss(
                 self.model, x0, labels if self.config.classes else None, region_fraction=self.fractions, brick_drop=s.brick_drop,
-                label_drop=s.label_drop, generator=generator(s.seed, "noise", self.step), shard=(self.rank, self.world))
+                label_drop=s.label_drop, supervise_all="supervision" not in s.without,
+                generator=generator(s.seed, "noise", self.step), shard=(self.rank, self.world))
         loss.backward()
         return losses, sigma
 
