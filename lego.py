@@ -51,7 +51,8 @@ class BrickSpec:
             raise ValueError(f"brick {self}: region {self.region} is not a multiple of patch {self.patch}; "
                              f"take region {math.ceil(self.region / self.patch) * self.patch}")
         if self.region > 256 * self.patch:
-            raise ValueError(f"brick {self}: {self.tokens} tokens per region are too many: take patch {self.region // 256} or larger")
+            raise ValueError(f"brick {self}: {self.tokens} tokens per region are too many: "
+                             f"take patch {self.region // 256} or larger")
 
     def __str__(self):
         return f"{self.region}/{self.patch}x{self.depth}"
@@ -434,8 +435,9 @@ class Diffusion:
         has NaN. region_fraction: for every brick the share of its regions to run and to learn from, those nearest to one random
         point (counted round the edges), so that most regions meet the refined z that they will meet when sampling.
         brick_drop: chance of leaving a brick out of this batch; label_drop: chance of hiding a label; supervise_all: train on the
-        losses of all bricks run, not on the last one's alone. Draws come from the CPU `generator`, unless sigma (B,) and noise (B, C, H, W) are given. shard (rank, world): x0 is the rank-th part of a batch
-        shared by `world` processes; the draws are those of the whole batch."""
+        losses of all bricks run, not on the last one's alone. Draws come from the CPU `generator`, unless sigma (B,) and noise
+        (B, C, H, W) are given. shard (rank, world): x0 is the rank-th part of a batch shared by `world` processes; the draws are
+        those of the whole batch."""
         (B, device), (rank, world), K = (len(x0), x0.device), shard, len(model.config.bricks)
         n, mine = world * B, slice(rank * B, (rank + 1) * B)
         if sigma is None:               # one draw from each n-th of the distribution: less noise in the loss, same average

@@ -150,12 +150,14 @@ class Sampler:
         if a.canvas != "ours":
             self.model = stretched(self.model, max(self.size) if a.canvas == "one" else 0)
         self.settings = dict(steps=steps, sampler="euler" if a.sampler == "ddim" else a.sampler, churn=a.churn, clip=True,
-                             plain=a.canvas != "ours", guidance=a.guidance, skip=parse_skip(a.skip, self.model, self.diffusion.levels(steps)))
+                             plain=a.canvas != "ours", guidance=a.guidance,
+                             skip=parse_skip(a.skip, self.model, self.diffusion.levels(steps)))
         self.flops = 0
         self.model.to(self.device)
         self.model.register_forward_pre_hook(self.count, with_kwargs=True)
         skipped = [self.settings["skip"](i / steps) for i in range(steps)]
-        print(f"{path}: {objective}, trained on {self.model.info.get('dataset', '?')}\n{self.model.table(set.intersection(*skipped))}")
+        print(f"{path}: {objective}, trained on {self.model.info.get('dataset', '?')}")
+        print(self.model.table(set.intersection(*skipped)))
         if a.skip:
             run = [sum(k not in now for now in skipped) for k in range(len(self.model.bricks))]
             print(f"skipping {a.skip}: of {steps} steps the bricks run in {', '.join(map(str, run))}")
@@ -284,7 +286,8 @@ def distances(a, b):
             rows, columns = corner[0] + torch.arange(7)[:, None], corner[1] + torch.arange(7)     # (n, 128, 7, 1), (n, 128, 1, 7)
             patches = images[torch.arange(len(images))[:, None, None, None], :, rows, columns]    # (n, 128, 7, 7, C)
             std, mean = torch.std_mean(patches, (0, 1, 2, 3))
-            projected.append((((patches - mean) / std).flatten(2).flatten(0, 1) @ (directions / directions.norm(dim=0))).T.sort()[0])
+            rows = ((patches - mean) / std).flatten(2).flatten(0, 1)                              # (n * 128, 49 C)
+            projected.append((rows @ (directions / directions.norm(dim=0))).T.sort()[0])          # (512, n * 128)
         result.append(1000 * (projected[0] - projected[1]).abs().mean().item())
     return result
 

@@ -194,7 +194,8 @@ def fetch(name, sha256, urls, folder, opener=open):
             with urllib.request.urlopen(request, timeout=30) as reply:
                 have = have if reply.status == 206 else 0                       # 200: the server sends it all again
                 whole = have + int(reply.headers.get("Content-Length") or 0)
-                with part.open("ab" if have else "wb") as file, tqdm(initial=have, total=whole, unit="B", unit_scale=True, desc=name) as bar:
+                with (part.open("ab" if have else "wb") as file,
+                      tqdm(initial=have, total=whole, unit="B", unit_scale=True, desc=name) as bar):
                     while (block := reply.read(1 << 16)) and file.tell() < LARGEST_FILE:
                         bar.update(file.write(block))
             if part.stat().st_size < whole:
@@ -247,7 +248,8 @@ def read_idx(images_path, labels_path):
 
     images, labels = read(images_path, 3), read(labels_path, 1)
     if len(images) != len(labels) or labels.max(initial=0) > 9:
-        raise ValueError(f"{labels_path}: {len(labels)} labels up to {labels.max(initial=0)} for {len(images)} images of 10 classes")
+        raise ValueError(f"{labels_path}: {len(labels)} labels up to {labels.max(initial=0)} for {len(images)} images of 10 "
+                         "classes")
     return images[..., None], labels
 
 
@@ -289,7 +291,8 @@ def read_folder(path, size):
                 if sum(info.file_size for info in members) > 100 * path.stat().st_size + LARGEST_FILE:
                     raise ValueError(f"{path} unpacks to more than a hundred times its size: not a zip of images")
                 for info in sorted(members, key=lambda i: i.filename):
-                    if ".." in Path(info.filename).parts or info.filename.startswith(("/", "\\")) or stat.S_ISLNK(info.external_attr >> 16):
+                    link = stat.S_ISLNK(info.external_attr >> 16)
+                    if link or ".." in Path(info.filename).parts or info.filename.startswith(("/", "\\")):
                         raise ValueError(f"{path}: member {info.filename!r} points out of the archive: do not trust this file")
                     yield Path(path.stem) / info.filename, info.file_size, lambda: archive.open(info).read(LARGEST_FILE)
 
@@ -804,7 +807,8 @@ class Trainer:
                     self.sums.zero_()
                     self.log(out / "log.csv", mean)
                     left = (s.steps - self.step) * self.seconds / self.step if s.steps else 60 * s.minutes - self.seconds
-                    bar.set_postfix_str(f"loss {mean[0]:.4f}, {self.step * s.batch / self.seconds:.0f} images/s, {left / 60:.1f} min left")
+                    bar.set_postfix_str(f"loss {mean[0]:.4f}, {self.step * s.batch / self.seconds:.0f} images/s, "
+                                        f"{left / 60:.1f} min left")
                 if self.seconds - saved > 60 * s.save_minutes:
                     self.save(out)
                     saved = time.perf_counter() - self.began                    # counted from the end of this one
