@@ -917,7 +917,7 @@ def test_the_checkpoint_holds_the_average_and_both_decay_with_the_schedule(train
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, kills):
-    flags, random = [*TINY, "--steps", 200 * kills, "--precision", "fp32", "--brick-drop", ".2"], np.random.default_rng(kills)
+    flags, random = [*TINY, "--steps", 200 * kills, "--precision", "fp32", "--brick-drop", ".2,.3,.4"], np.random.default_rng(kills)
     whole, run = start("train_tiny.py", *flags, "--out", tmp_path / "whole"), tmp_path / "broken"
 
     def go_on():

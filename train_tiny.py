@@ -477,9 +477,10 @@ def read_flags():
     flag(budget, "--minutes", 10.0, "budget in minutes, when --steps is not given", type=float)
     flag(p, "--batch", 32, "images per step, over all processes", type=int)
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
-    flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number per brick, comma "
-         "separated (default: what makes 64 tokens of a 32x32 image, or 32 for a brick of small regions)")
-    flag(p, "--brick-drop", 0.0, "chance of leaving a brick out of a step", type=float)
+    flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number, or one per brick, comma "
+         "separated (default: so that all bricks train on as many tokens)")
+    flag(p, "--brick-drop", None, "chance of leaving a brick out of a step: one number, or one per brick (default: 0, and 0.75 for "
+         "bricks at the end whose regions hold few tokens)")
     flag(p, "--label-drop", 0.1, "chance of hiding an image's label, for guidance", type=float)
     flag(p, "--flip", None, "mirror images at random (default: yes but for landscapes and fashion-mnist)",
          action=argparse.BooleanOptionalAction)
@@ -508,7 +509,7 @@ def read_flags():
     s = argparse.Namespace(**DEFAULTS | given)
     tiny, whole = 1e-9, 2 ** 32 - 1
     for name, (least, most) in dict(size=(1, 4096), steps=(1, whole), batch=(1, 1 << 16), ema_images=(1, whole), seed=(0, whole),
-                                    minutes=(tiny, 1e6), lr=(tiny, 1), brick_drop=(0, .9), label_drop=(0, 1),
+                                    minutes=(tiny, 1e6), lr=(tiny, 1), label_drop=(0, 1),
                                     save_minutes=(0, 1e6)).items():
         value = getattr(s, name)
         if value is not None and not least <= value <= most:
@@ -537,19 +538,26 @@ def image_tokens(config):
     return [math.prod(b.grid(config.size, config.size)) * b.tokens for b in config.bricks]
 
 
-def region_fractions(text, config):
-    """One share per brick. By default every brick trains on as many tokens of an image as the largest patch makes of it, and on
-    half of those if its regions are smaller than that: measured best at equal time, see the README."""
-    if text is None:
-        tokens = image_tokens(config)
-        return [min(tokens) / n / (1 if b.tokens >= min(tokens) else 2) for n, b in zip(tokens, config.bricks)]
-    try:
-        shares = [float(word) for word in text.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != len(config.bricks) or not all(0 < share <= 1 for share in shares):
-        raise ValueError(f"--region-fraction {text}: give {len(config.bricks)} numbers above 0 and up to 1, comma separated")
-    return shares
+def shares(s, config):
+    """How much each brick trains: the shares of its regions that a step sees, and the chances that a step leaves it out.
+
+    By default every brick trains on as many tokens of an image as the largest patch makes of it, which makes local bricks nearly
+    free, and bricks at the end whose regions hold fewer tokens than that, which add little, are left out of three steps in four.
+    Both were measured best at equal time, see the README."""
+    def numbers(name, text, least, most):
+        try:
+            values = [float(word) for word in text.split(",")]
+        except ValueError:
+            values = []
+        values *= K if len(values) == 1 else 1
+        if len(values) != K or not all(least <= value <= most for value in values):
+            raise ValueError(f"--{name} {text}: give one number from {least} to {most}, or {K} of them, comma separated")
+        return values
+
+    tokens, K = image_tokens(config), len(config.bricks)
+    last = max(k for k, b in enumerate(config.bricks) if k == 0 or b.tokens >= min(tokens))
+    return ([min(tokens) / n for n in tokens] if s.region_fraction is None else numbers("region-fraction", s.region_fraction, .001, 1),
+            [.75 * (k > last) for k in range(K)] if s.brick_drop is None else numbers("brick-drop", s.brick_drop, 0, .9))
 
 
 # Odd polynomials of degree 5 that together take [0.01, 1] as near to 1 as three of them can (0.73 to 1.27), found greedily
@@ -678,7 +686,7 @@ class Trainer:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.data = load_data(s.dataset, s.data_dir, s.size)
         self.config = state["config"] if state else make_config(s, self.data)
-        self.fractions = region_fractions(s.region_fraction, self.config)
+        self.fractions, self.drops = shares(s, self.config)
         self.diffusion = OBJECTIVES[s.objective]()
         torch.manual_seed(s.seed)
         self.model = Lego(self.config).to(self.device)
@@ -706,7 +714,8 @@ class Trainer:
                 block.compile()
         self.began, self.stop = time.perf_counter() - self.seconds, []
         print(self.model.table())
-        print("training on the share " + ", ".join(f"{f:.3g}" for f in self.fractions) + " of each brick's regions")
+        words = [", ".join(f"{value:.3g}" for value in values) for values in (self.fractions, self.drops)]
+        print(f"training on the share {words[0]} of each brick's regions, leaving bricks out with chance {words[1]}")
 
     def batches(self):
         """This process's batches from the current step on, without end."""
@@ -723,7 +732,7 @@ class Trainer:
         x0, labels = x0.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         with self.autocast():
             loss, losses, sigma = self.diffusion.loss(
-                self.model, x0, labels if self.config.classes else None, region_fraction=self.fractions, brick_drop=s.brick_drop,
+                self.model, x0, labels if self.config.classes else None, region_fraction=self.fractions, brick_drop=self.drops,
                 label_drop=s.label_drop, supervise_all="supervision" not in s.without,
                 generator=generator(s.seed, "noise", self.step), shard=(self.rank, self.world))
         loss.backward()
