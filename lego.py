@@ -221,12 +221,15 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, h, c, mask=None):
+    def mix(self, h, mask):
+        """The one place where tokens meet: attention within each region, (B, R, N, D) to the same."""
         B, R, N, D = h.shape
+        q, k, v = self.qkv(h).view(B * R, N, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)     # each (B * R, heads, N, d)
+        return self.proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, R, N, D))
+
+    def forward(self, h, c, mask=None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None, None].chunk(6, -1)  # each (B, 1, 1, D)
-        qkv = self.qkv(modulate(h, shift1, scale1)).view(B * R, N, 3, self.config.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # each (B * R, heads, N, D / heads)
-        h = torch.addcmul(h, gate1, self.proj(attention(q, k, v, mask).transpose(1, 2).reshape(B, R, N, D)))
+        h = torch.addcmul(h, gate1, self.mix(modulate(h, shift1, scale1), mask))
         return torch.addcmul(h, gate2, self.fc2(gelu(self.fc1(modulate(h, shift2, scale2)), approximate=self.config.gelu)))
 
 
@@ -247,14 +250,14 @@ class Brick(nn.Module):
     (ours): region i of n along an axis takes those of region floor(i m / n) of the m in a training image, so that no brick
     ever meets coordinates it was not trained on."""
 
-    def __init__(self, spec, config, first):
+    def __init__(self, spec, config, first, block=Block):
         super().__init__()
         self.spec, self.config, self.first = spec, config, first
         D, pixels = config.width, spec.patch ** 2
         inputs = (config.channels * (1 if first else 2) + 2) * pixels       # no z comes to the first brick
         self.local = nn.Linear(inputs, D)
         self.local_mlp = nn.Linear(D, D) if config.local_mlp else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(spec.depth))
+        self.blocks = nn.ModuleList(block(config) for _ in range(spec.depth))
         self.adaln = nn.Linear(D, 2 * D)
         self.decode = nn.Linear(D, config.channels * pixels)
         self.register_buffer("position", position_table(spec.region // spec.patch, D), persistent=False)
@@ -331,15 +334,16 @@ class Brick(nn.Module):
 
 
 class Lego(nn.Module):
-    """The stack. `info` is a plain dictionary (objective, class names, ...) that travels with the weights in checkpoints."""
+    """The stack. `info` is a plain dictionary (objective, class names, ...) that travels with the weights in checkpoints.
+    `block` makes the blocks of all bricks from the config: a subclass of `Block` with another `mix`, say."""
 
-    def __init__(self, config):
+    def __init__(self, config, block=Block):
         super().__init__()
         D = config.width
         self.config, self.info = config, {}
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.label = nn.Linear(config.classes, D) if config.classes else None
-        self.bricks = nn.ModuleList(Brick(spec, config, first=k == 0) for k, spec in enumerate(config.bricks))
+        self.bricks = nn.ModuleList(Brick(spec, config, k == 0, block) for k, spec in enumerate(config.bricks))
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -431,8 +435,8 @@ class Diffusion:
              generator=None, shard=(0, 1), sigma=None, noise=None):
         """(scalar loss, detached losses (B, K) of every brick, sigma (B,)) for x0 (B, C, H, W) in [-1, 1].
 
-        Mean over the bricks run of the mean squared error of F (paper, equation 6, with lambda = 1 / c_out^2). A brick not run
-        has NaN. region_fraction: for every brick the share of its regions to run and to learn from, those nearest to one random
+        Mean over the bricks of the mean squared error of F (paper, equation 6, with lambda = 1 / c_out^2). A brick not run adds
+        nothing to the scalar, and NaN to the table. region_fraction: for every brick the share of its regions to run and to learn from, those nearest to one random
         point (counted round the edges), so that most regions meet the refined z that they will meet when sampling.
         brick_drop: chance of leaving a brick out of this batch, a number or one per brick; label_drop: chance of hiding a label;
         supervise_all: train on the losses of all bricks run, not on the last one's alone. Draws come from the CPU `generator`, unless sigma (B,) and noise
@@ -470,7 +474,8 @@ class Diffusion:
         errors = torch.stack([((F - target).square() * weights[k]).mean((1, 2, 3)) for k, F in zip(kept, out)], 1)    # (B, run)
         losses = torch.full((B, K), torch.nan, device=device)
         losses[:, kept] = errors.detach()
-        return (errors if supervise_all else errors[:, -1]).mean(), losses, sigma
+        # Over K and not over the bricks run, so that a dropped brick does not change what the others learn.
+        return errors.mean(0).sum() / K if supervise_all else errors[:, -1].mean(), losses, sigma
 
     def denoise(self, model, x, sigma, labels=None, *, skip=(), guidance=1.0, return_all=False, offset=(0, 0), wrap=False):
         """Estimate of x0 (B, C, H, W), or one for every brick run, from x = x0 + sigma * eps; sigma a number or (B,).
