@@ -478,9 +478,8 @@ def read_flags():
     flag(p, "--batch", 32, "images per step, over all processes", type=int)
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
     flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number, or one per brick, comma "
-         "separated (default: so that all bricks train on as many tokens)")
-    flag(p, "--brick-drop", None, "chance of leaving a brick out of a step: one number, or one per brick (default: 0, and 0.75 for "
-         "bricks at the end whose regions hold few tokens)")
+         "separated (default: what makes 64 tokens of a 32x32 image, or 32 for a brick of small regions)")
+    flag(p, "--brick-drop", "0", "chance of leaving a brick out of a step: one number, or one per brick")
     flag(p, "--label-drop", 0.1, "chance of hiding an image's label, for guidance", type=float)
     flag(p, "--flip", None, "mirror images at random (default: yes but for landscapes and fashion-mnist)",
          action=argparse.BooleanOptionalAction)
@@ -541,9 +540,8 @@ def image_tokens(config):
 def shares(s, config):
     """How much each brick trains: the shares of its regions that a step sees, and the chances that a step leaves it out.
 
-    By default every brick trains on as many tokens of an image as the largest patch makes of it, which makes local bricks nearly
-    free, and bricks at the end whose regions hold fewer tokens than that, which add little, are left out of three steps in four.
-    Both were measured best at equal time, see the README."""
+    By default every brick trains on as many tokens of an image as the largest patch makes of it, and on half of those if its
+    regions are smaller than that, and none is left out: measured best at equal time, see the README."""
     def numbers(name, text, least, most):
         try:
             values = [float(word) for word in text.split(",")]
@@ -555,9 +553,9 @@ def shares(s, config):
         return values
 
     tokens, K = image_tokens(config), len(config.bricks)
-    last = max(k for k, b in enumerate(config.bricks) if k == 0 or b.tokens >= min(tokens))
-    return ([min(tokens) / n for n in tokens] if s.region_fraction is None else numbers("region-fraction", s.region_fraction, .001, 1),
-            [.75 * (k > last) for k in range(K)] if s.brick_drop is None else numbers("brick-drop", s.brick_drop, 0, .9))
+    fractions = [min(tokens) / n / (1 if b.tokens >= min(tokens) else 2) for n, b in zip(tokens, config.bricks)]
+    return (fractions if s.region_fraction is None else numbers("region-fraction", s.region_fraction, .001, 1),
+            numbers("brick-drop", str(s.brick_drop), 0, .9))
 
 
 # Odd polynomials of degree 5 that together take [0.01, 1] as near to 1 as three of them can (0.73 to 1.27), found greedily
