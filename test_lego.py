@@ -974,7 +974,7 @@ def test_a_batch_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
         trainer.advance(torch.full_like(images, torch.nan) if bad else images, labels, step / 5)
         after = state()
         assert (len(before) == len(after) and all(map(torch.equal, before, after))) == bad
-        assert all(t.isfinite().all() for t in after + trainer.averages)
+        assert all(t.isfinite().all() for t in after + trainer.averages) and not any(t.requires_grad for t in trainer.averages)
     assert trainer.unsound == 1 and trainer.step == 3 and trainer.sums.isfinite().all() and trainer.sums[1, 0] == 16
 
 

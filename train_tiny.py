@@ -736,6 +736,7 @@ class Trainer:
         loss.backward()
         return losses, sigma
 
+    @torch.no_grad()                        # else the average would carry the graph of all steps before
     def update(self, progress):
         """One step of both optimizers and of the weight average. Returns whether any process was asked to stop."""
         s = self.s
