@@ -436,12 +436,12 @@ class Diffusion:
         """(scalar loss, detached losses (B, K) of every brick, sigma (B,)) for x0 (B, C, H, W) in [-1, 1].
 
         Mean over the bricks of the mean squared error of F (paper, equation 6, with lambda = 1 / c_out^2). A brick not run adds
-        nothing to the scalar, and NaN to the table. region_fraction: for every brick the share of its regions to run and to learn from, those nearest to one random
-        point (counted round the edges), so that most regions meet the refined z that they will meet when sampling.
-        brick_drop: chance of leaving a brick out of this batch, a number or one per brick; label_drop: chance of hiding a label;
-        supervise_all: train on the losses of all bricks run, not on the last one's alone. Draws come from the CPU `generator`, unless sigma (B,) and noise
-        (B, C, H, W) are given. shard (rank, world): x0 is the rank-th part of a batch shared by `world` processes; the draws are
-        those of the whole batch."""
+        nothing to the scalar, and NaN to the table. region_fraction: for every brick the share of its regions to run and to learn
+        from, those nearest to one random point (counted round the edges), so that most regions meet the refined z that they will
+        meet when sampling. brick_drop: chance of leaving a brick out of this batch, a number or one per brick; label_drop: chance
+        of hiding a label; supervise_all: train on the losses of all bricks run, not on the last one's alone. Draws come from the
+        CPU `generator`, unless sigma (B,) and noise (B, C, H, W) are given. shard (rank, world): x0 is the rank-th part of a
+        batch shared by `world` processes; the draws are those of the whole batch."""
         (B, device), (rank, world), K = (len(x0), x0.device), shard, len(model.config.bricks)
         n, mine = world * B, slice(rank * B, (rank + 1) * B)
         if sigma is None:               # one draw from each n-th of the distribution: less noise in the loss, same average
@@ -452,8 +452,9 @@ class Diffusion:
         if labels is not None and label_drop > 0:
             hidden = torch.rand(n, generator=generator)[mine].to(device) < label_drop
             labels = torch.where(hidden, model.config.classes, labels)
-        if brick_drop:
-            dropped = set((torch.rand(K, generator=generator) < torch.as_tensor(brick_drop)).nonzero().flatten().tolist()) | set(skip)
+        chances = torch.as_tensor(brick_drop)
+        if chances.any():
+            dropped = set((torch.rand(K, generator=generator) < chances).nonzero().flatten().tolist()) | set(skip)
             skip = dropped if len(dropped) < K else skip
         regions, weights, point = [None] * K, [torch.ones((), device=device)] * K, torch.rand(2, generator=generator)
         for k, share in enumerate(region_fraction or ()):

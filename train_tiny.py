@@ -645,7 +645,6 @@ def useful_levels(losses, sigma, tolerance=0.002):
     return levels
 
 
-@torch.no_grad()
 def sample_sheet(model, diffusion, autocast, seed=0):
     """A picture of samples, a class in every column."""
     classes = model.config.classes
