@@ -555,7 +555,7 @@ def shares(s, config):
     tokens, K = image_tokens(config), len(config.bricks)
     fractions = [min(tokens) / n / (1 if b.tokens >= min(tokens) else 2) for n, b in zip(tokens, config.bricks)]
     return (fractions if s.region_fraction is None else numbers("region-fraction", s.region_fraction, .001, 1),
-            numbers("brick-drop", str(s.brick_drop), 0, .9))
+            numbers("brick-drop", str(s.brick_drop), 0, .9))                    # a number in runs stored before it could be a list
 
 
 # Odd polynomials of degree 5 that together take [0.01, 1] as near to 1 as three of them can (0.73 to 1.27), found greedily
