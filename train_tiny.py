@@ -478,8 +478,9 @@ def read_flags():
     flag(p, "--batch", 32, "images per step, over all processes", type=int)
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
     flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number, or one per brick, comma "
-         "separated (default: what makes 64 tokens of a 32x32 image, or 32 for a brick of small regions)")
-    flag(p, "--brick-drop", "0", "chance of leaving a brick out of a step: one number, or one per brick")
+         "separated (default: what makes as many tokens as the largest patch makes of the image)")
+    flag(p, "--brick-drop", None, "chance of leaving a brick out of a step: one number, or one per brick (default: 0, but 0.75 for a "
+         "brick with neither smaller patches nor a larger region than one before it)")
     flag(p, "--label-drop", 0.1, "chance of hiding an image's label, for guidance", type=float)
     flag(p, "--flip", None, "mirror images at random (default: yes but for landscapes and fashion-mnist)",
          action=argparse.BooleanOptionalAction)
@@ -540,8 +541,8 @@ def image_tokens(config):
 def shares(s, config):
     """How much each brick trains: the shares of its regions that a step sees, and the chances that a step leaves it out.
 
-    By default every brick trains on as many tokens of an image as the largest patch makes of it, and on half of those if its
-    regions are smaller than that, and none is left out: measured best at equal time, see the README."""
+    By default every brick trains on as many tokens of an image as the largest patch makes of it, and a brick that brings
+    neither smaller patches nor a larger region than one before it is left out of three steps in four: see the README."""
     def numbers(name, text, least, most):
         try:
             values = [float(word) for word in text.split(",")]
@@ -552,10 +553,10 @@ def shares(s, config):
             raise ValueError(f"--{name} {text}: give one number from {least} to {most}, or {K} of them, comma separated")
         return values
 
-    tokens, K = image_tokens(config), len(config.bricks)
-    fractions = [min(tokens) / n / (1 if b.tokens >= min(tokens) else 2) for n, b in zip(tokens, config.bricks)]
-    return (fractions if s.region_fraction is None else numbers("region-fraction", s.region_fraction, .001, 1),
-            numbers("brick-drop", str(s.brick_drop), 0, .9))                    # a number in runs stored before it could be a list
+    bricks, tokens, K = config.bricks, image_tokens(config), len(config.bricks)
+    repeats = [any(b.patch <= brick.patch and b.region >= brick.region for b in bricks[:k]) for k, brick in enumerate(bricks)]
+    return ([min(tokens) / n for n in tokens] if s.region_fraction is None else numbers("region-fraction", s.region_fraction, .001, 1),
+            [.75 * again for again in repeats] if s.brick_drop is None else numbers("brick-drop", s.brick_drop, 0, .9))
 
 
 # Odd polynomials of degree 5 that together take [0.01, 1] as near to 1 as three of them can (0.73 to 1.27), found greedily
@@ -829,16 +830,18 @@ class Trainer:
               f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}")
 
     def bench(self, rounds=20):
-        """Tables of the time of a step, by precision and by share of regions. All cases take turns in random order, so that a
-        slow moment of the machine is slow for all, and each step is followed by a large matrix product, of whose speed it
-        reaches a share."""
-        batches, own, tokens = iter(self.batches()), self.fractions, image_tokens(self.config)
-        cases = [("bf16", own), ("fp32", own)] + [("bf16", [min(1, times * min(tokens) / n) for n in tokens]) for times in (1, 2, 4)]
+        """A table of the time of a step, by precision, by share of regions, and without the bricks that most steps leave out. All
+        cases take turns in random order, so that a slow moment of the machine is slow for all, and each step is followed by a
+        large matrix product, of whose speed it reaches a share."""
+        batches, own, tokens, every = iter(self.batches()), self.fractions, image_tokens(self.config), [0.] * len(self.drops)
+        cases = [("bf16", own, [float(chance > 0) for chance in self.drops])] if any(self.drops) else []
+        cases += [("bf16", own, every), ("fp32", own, every)]
+        cases += [("bf16", [min(1, times * min(tokens) / n) for n in tokens], every) for times in (2, 4)]
         contexts = {p: pick_precision(p, self.device) for p in ("bf16", "fp32")}
         flops, rows = [], [[] for _ in cases]
         for i in range(rounds + 2):                                             # the first two count FLOPs and warm up
             for k in np.random.default_rng(i).permutation(len(cases)) if i else range(len(cases)):
-                (precision, self.fractions), row, images = cases[k], rows[k], next(batches)
+                (precision, self.fractions, self.drops), row, images = cases[k], rows[k], next(batches)
                 self.autocast = contexts[precision]
                 with nullcontext() if i else FlopCounterMode(display=False) as counter:
                     compute = timed(lambda: self.gradients(*images), self.device)
@@ -848,10 +851,11 @@ class Trainer:
         print(f"\nmilliseconds a step of {self.s.batch} images: median (10% to 90%) of {rounds}, in random turns; share of the speed of a "
               "matrix product of 2048^3 in the same precision\n"
               "precision  regions          forward, backward     optimizers   whole step   images/s   GFLOP/s   share")
-        for (precision, fractions), count, row in zip(cases, flops, rows):
+        for (precision, fractions, drops), count, row in zip(cases, flops, rows):
             compute, update, whole, peak = np.array(row).T
             low, middle, high = np.quantile(1000 * compute, [.1, .5, .9])
-            print(f"{precision:<9}  {' '.join(f'{f:.3g}' for f in fractions):<15}  {middle:6.0f} ({low:.0f} to {high:.0f})"
+            regions = " ".join("-" if drop else f"{f:.3g}" for f, drop in zip(fractions, drops))
+            print(f"{precision:<9}  {regions:<15}  {middle:6.0f} ({low:.0f} to {high:.0f})"
                   f"{1000 * np.median(update):>13.0f}{1000 * np.median(whole):>13.0f}{self.s.batch / np.median(whole):>11.0f}"
                   f"{count * self.world / np.median(whole) / 1e9:>10.0f}{np.median(count / whole / peak):>8.1%}")
         print(f"{4 * sum(p.numel() for p in self.parameters) / 1e6:.1f} MB of gradients to average between processes; peak memory "
