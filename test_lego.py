@@ -7,6 +7,7 @@ import gzip
 import http.server
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -19,6 +20,7 @@ import threading
 import time
 import zipfile
 import zlib
+from argparse import Namespace
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -1132,3 +1134,45 @@ def test_the_example_in_the_readme_runs():
     example = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
     exec(example, scope := {})
     assert scope["samples"].shape == (4, 3, 32, 32) and scope["samples"].isfinite().all() and scope["per_brick"].shape == (8, 3)
+
+
+def test_bricks_that_repeat_train_less():
+    def defaults(stack):
+        return train_tiny.shares(Namespace(region_fraction=None, brick_drop=None), LegoConfig.parse(stack, width=8, heads=2))
+
+    assert defaults("32/4x6 16/2x2 8/2x1 4/2x1") == ([1, .25, .25, .25], [0, 0, .75, .75])
+    assert defaults("4/2x1 8/2x1 16/2x2 32/4x5") == ([.25, .25, .25, 1], [0] * 4)          # each has the larger region
+    assert defaults("32/4x6 16/4x1 8/2x1 16/4x1 32/2x1") == ([1, 1, .25, 1, .25], [0, .75, 0, .75, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The notebook
+
+NOTEBOOK = HERE / "walkthrough.ipynb"
+RUN_CELLS = """
+import ast, json, sys
+sys.path.insert(0, ".")
+def display(thing):
+    "Ask for what Jupyter would show."
+    shown = [getattr(thing, name)() for name in ("_repr_png_", "_repr_svg_", "_repr_markdown_") if hasattr(thing, name)]
+    assert thing is None or any(shown) or repr(thing)
+scope = dict(display=display, __name__="__main__")
+for i, cell in enumerate(c for c in json.load(open(sys.argv[1]))["cells"] if c["cell_type"] == "code"):
+    tree = ast.parse("".join(cell["source"]))
+    if isinstance(tree.body[-1], ast.Expr):
+        tree.body[-1].value = ast.Call(ast.Name("display", ast.Load()), [tree.body[-1].value], [])
+    exec(compile(ast.fix_missing_locations(tree), f"code cell {i + 1}", "exec"), scope)
+"""
+
+
+def test_the_notebook_was_run_from_top_to_bottom():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert {out["output_type"] for cell in cells for out in cell["outputs"]} <= {"stream", "display_data", "execute_result"}
+    assert not any(out.get("name") == "stderr" for cell in cells for out in cell["outputs"]) and NOTEBOOK.stat().st_size < 4e6
+
+
+def test_every_cell_of_the_notebook_runs():
+    run = subprocess.run([sys.executable, "-c", RUN_CELLS, NOTEBOOK], env=os.environ | dict(LEGO_QUICK="1"), cwd=HERE, text=True,
+                         capture_output=True)
+    assert run.returncode == 0, run.stderr[-3000:]
