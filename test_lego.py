@@ -1162,6 +1162,32 @@ for i, cell in enumerate(c for c in json.load(open(sys.argv[1]))["cells"] if c["
     if isinstance(tree.body[-1], ast.Expr):
         tree.body[-1].value = ast.Call(ast.Name("display", ast.Load()), [tree.body[-1].value], [])
     exec(compile(ast.fix_missing_locations(tree), f"code cell {i + 1}", "exec"), scope)
+globals().update(scope)
+
+# What each neighbour must be in a limiting case; the cells themselves check the others.
+whole, first = (draw(model, n=2, skip=skip)[0] for skip in ((), (1, 2, 3)))
+assert torch.equal(draw(model, n=2, skip=stitched(0))[0], whole) and torch.equal(draw(model, n=2, skip=stitched(1))[0], first)
+x = many[:4]
+for scale in (.01, 1):
+    guided = toward(kinds, 2, scale)(x, x, .5)
+    assert kinds(guided).log_softmax(1)[:, 2].mean() > kinds(x).log_softmax(1)[:, 2].mean()
+assert torch.equal(expert()(x), kinds(x)) and not torch.equal(experts[0](x), kinds(x))
+h, c, moved, TimeNormBlock.label = torch.randn(4, 2, 16, 64), torch.zeros(4, 64), {}, torch.zeros(1)
+for kind in (TimeNormBlock, NoTimeBlock):
+    block, TimeNormBlock.tau = kind(SMALL), 1.
+    assert torch.equal(block(h, c), h)                                      # its gates are closed
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=.1)
+    at = []
+    for TimeNormBlock.tau in (-1., 1.):
+        at.append(block(h, c))
+    moved[kind] = not torch.equal(*at)
+assert moved == {TimeNormBlock: True, NoTimeBlock: False}
+patchwise, other = Codec(4, encoder=0, decoder=0), x.clone()
+other[:, :, :4, :4] += 1
+apart = (patchwise.decode(patchwise.encode(x)[0]) - patchwise.decode(patchwise.encode(other)[0])).abs().amax((0, 1))
+assert apart[:4, :4].min() > 0 and not apart[4:].any() and not apart[:4, 4:].any()
+assert torch.equal(unpatchify(patchify(x, 32, 4), 32, 4, 32, 32), x)
 """
 
 
