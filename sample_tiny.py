@@ -29,7 +29,7 @@ LARGEST_SHEET = 1 << 26         # pixels of a picture that holds all samples
 
 def read_flags():
     p = Parser(description="Sample from a LEGO diffusion stack.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--ckpt", help="checkpoint file (default: the newest under runs/, else the pretrained one in assets/)")
+    p.add_argument("--ckpt", help="checkpoint file (default: the newest under runs/, else assets/landscapes.pt)")
     p.add_argument("--skip", default="", help="bricks to leave out: 2,3 at every step; 2,3@0-0.5 in the first, noisy half of the "
                    "steps; several such parts separated by semicolons; auto: every brick where it hardly matters, as training measured")
     p.add_argument("--size", help="SIDE or HEIGHTxWIDTH in pixels: height decides the resolution, and width beyond that widens the "
@@ -67,11 +67,8 @@ def read_flags():
 def find_checkpoint(name):
     if name:
         return Path(name)
-    found = sorted(Path("runs").glob("**/checkpoint.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
-    found += sorted(Path(__file__).parent.glob("assets/*.pt"))
-    if not found:
-        raise ValueError("no checkpoint under runs/ or assets/: train one with python train_tiny.py, or name one with --ckpt")
-    return found[0]
+    found = sorted(Path("runs").glob("**/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    return found[-1] if found else Path(__file__).parent / "assets/landscapes.pt"
 
 
 def parse_size(text, size):

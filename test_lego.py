@@ -1035,6 +1035,14 @@ def test_sampling_says_what_it_does(trained, tmp_path, capsys):
     assert float(table[6].split()[7][:-1]) == pytest.approx(100 * sum(model.flops(16, 16, (1, 2))) / sum(model.flops(16, 16)), abs=.06)
 
 
+def test_a_fresh_clone_samples_from_the_weights_it_brings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert in_process(sample_tiny, "--skip", "2,3", "--size", 64, "--n", 1, "--steps", 2) == 0
+    shown = capsys.readouterr().out
+    assert "assets/landscapes.pt" in shown and "1 images of 64x64" in shown
+    assert in_process(sample_tiny, "--ckpt", HERE / "assets/cifar10.pt", "--skip", 2, "--n", 1, "--steps", 2) == 0
+
+
 def test_canvases_to_compare_with(trained, tmp_path):
     model = load_checkpoint(trained / "checkpoint.pt")
     tiled, one = (sample_tiny.stretched(model, span) for span in (0, 24))
