@@ -67,8 +67,11 @@ def read_flags():
 def find_checkpoint(name):
     if name:
         return Path(name)
-    found = sorted(Path("runs").glob("**/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
-    return found[-1] if found else Path(__file__).parent / "assets/landscapes.pt"
+    found = list(Path(__file__).parent.glob("assets/landscapes.pt"))
+    found += sorted(Path("runs").glob("**/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError("no checkpoint under runs/ or assets/: train one with python train_tiny.py, or name one with --ckpt")
+    return found[-1]
 
 
 def parse_size(text, size):

@@ -1041,6 +1041,9 @@ def test_a_fresh_clone_samples_from_the_weights_it_brings(tmp_path, monkeypatch,
     shown = capsys.readouterr().out
     assert "assets/landscapes.pt" in shown and "1 images of 64x64" in shown
     assert in_process(sample_tiny, "--ckpt", HERE / "assets/cifar10.pt", "--skip", 2, "--n", 1, "--steps", 2) == 0
+    monkeypatch.setattr(sample_tiny, "__file__", str(tmp_path / "sample_tiny.py"))         # copied without its weights
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    assert in_process(sample_tiny) == 2 and "train one with" in capsys.readouterr().err
 
 
 def test_canvases_to_compare_with(trained, tmp_path):
