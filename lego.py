@@ -134,7 +134,7 @@ class LegoConfig:
 
 # Ours: the default (progressive refinement), its bricks in other orders, and the plain DiTs it is compared with.
 PRESETS = {name: LegoConfig.parse(stack, width=128, heads=4) for name, stack in {
-    "tiny": "32/4x6 16/2x2 8/2x1 4/2x1", "tiny-pg": "4/2x1 8/2x1 16/2x2 32/4x5", "tiny-u": "32/4x6 16/4x1 8/2x1 16/4x1 32/2x1",
+    "tiny": "32/4x6 16/2x2 8/2x1 4/2x1", "tiny-pg": "4/2x1 8/2x1 16/2x2 32/4x6", "tiny-u": "32/4x6 16/4x1 8/2x1 16/4x1 32/2x1",
     "dit-4": "32/4x9", "dit-2": "32/2x9"}.items()}
 # The authors': (stack, width, heads, channels); XL works on 4 latent channels. Every PR is its PG reversed.
 for _name, _stack, _width, _heads, _channels in [

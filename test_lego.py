@@ -1152,7 +1152,7 @@ def test_bricks_that_repeat_train_less():
         return train_tiny.shares(Namespace(region_fraction=None, brick_drop=None), LegoConfig.parse(stack, width=8, heads=2))
 
     assert defaults("32/4x6 16/2x2 8/2x1 4/2x1") == ([1, .25, .25, .25], [0, 0, .75, .75])
-    assert defaults("4/2x1 8/2x1 16/2x2 32/4x5") == ([.25, .25, .25, 1], [0] * 4)          # each has the larger region
+    assert defaults("4/2x1 8/2x1 16/2x2 32/4x6") == ([.25, .25, .25, 1], [0] * 4)          # each has the larger region
     assert defaults("32/4x6 16/4x1 8/2x1 16/4x1 32/2x1") == ([1, 1, .25, 1, .25], [0, .75, 0, .75, 0])
 
 
