@@ -335,7 +335,8 @@ def main():
     elif out.suffix == ".png":
         if a.n * math.prod(sampler.size) > LARGEST_SHEET:
             raise ValueError(f"{a.n} images of {sampler.size[0]}x{sampler.size[1]} are too much for one picture: name a folder")
-        columns = min(a.n, max(1, round(8 * sampler.size[0] / sampler.size[1])))
+        across = sampler.model.config.classes if 5 <= sampler.model.config.classes <= 16 else 8     # a class in every column
+        columns = min(a.n, max(1, round(across * sampler.size[0] / sampler.size[1])))
         images = np.concatenate(list(sampler.batches(a.n)))
         save_picture(picture(images, columns), out)
     else:
