@@ -287,8 +287,8 @@ def distances(a, b):
             patches = images[torch.arange(len(images))[:, None, None, None], :, rows, columns]    # (n, 128, 7, 7, C)
             std, mean = torch.std_mean(patches, (0, 1, 2, 3))
             rows = ((patches - mean) / std).flatten(2).flatten(0, 1)                              # (n * 128, 49 C)
-            # numpy's sort is eight times faster than torch's, which keeps indices
-            projected.append(np.sort((rows @ (directions / directions.norm(dim=0))).T.numpy()))   # (512, n * 128)
+            # numpy sorts eight times faster than torch, which keeps indices, and knows no autocast
+            projected.append(np.sort((rows.numpy() @ (directions / directions.norm(dim=0)).numpy()).T))  # (512, n * 128)
         result.append(1000 * float(np.abs(projected[0] - projected[1]).mean()))
     return result
 
