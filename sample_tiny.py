@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lego import OBJECTIVES, SAMPLERS, BrickSpec, Diffusion, Lego, generator, load_checkpoint, write_aside
 from train_tiny import (Parser, command, landscapes, load_data, peak_memory, pick_device, pick_precision, picture, save_picture,
-                        timed, to_bytes, to_float)
+                        sheet_columns, timed, to_bytes, to_float)
 
 LARGEST_SHEET = 1 << 26         # pixels of a picture that holds all samples
 
@@ -335,8 +335,7 @@ def main():
     elif out.suffix == ".png":
         if a.n * math.prod(sampler.size) > LARGEST_SHEET:
             raise ValueError(f"{a.n} images of {sampler.size[0]}x{sampler.size[1]} are too much for one picture: name a folder")
-        across = sampler.model.config.classes if 5 <= sampler.model.config.classes <= 16 else 8     # a class in every column
-        columns = min(a.n, max(1, round(across * sampler.size[0] / sampler.size[1])))
+        columns = min(a.n, max(1, round(sheet_columns(sampler.model.config.classes) * sampler.size[0] / sampler.size[1])))
         images = np.concatenate(list(sampler.batches(a.n)))
         save_picture(picture(images, columns), out)
     else:

@@ -359,6 +359,11 @@ def picture(images, columns, enlarge=True):
     return sheet.resize((sheet.width * times, sheet.height * times), Image.NEAREST)
 
 
+def sheet_columns(classes):
+    """A class in every column, where that makes 5 to 16 of them, else 8."""
+    return classes if 5 <= classes <= 16 else 8
+
+
 def save_picture(sheet, path):
     write_aside(path, lambda file: sheet.save(file, format=Path(path).suffix[1:].replace("jpg", "jpeg")))
 
@@ -649,7 +654,7 @@ def useful_levels(losses, sigma, tolerance=0.002):
 def sample_sheet(model, diffusion, autocast, seed=0):
     """A picture of samples, a class in every column."""
     classes = model.config.classes
-    columns = classes if 5 <= classes <= 16 else 8
+    columns = sheet_columns(classes)
     labels = torch.arange(4 * columns) % classes if classes else None
     with autocast():
         images = diffusion.sample(model, (4 * columns, model.config.channels, model.config.size, model.config.size),
