@@ -304,7 +304,8 @@ def read_folder(path, size):
             try:
                 if length > LARGEST_FILE:
                     raise ValueError("too large")
-                images.setdefault(name.parent.name, []).append(read_image(read(), size))
+                image = read_image(read(), size)
+                images.setdefault(name.parent.name, []).append(image)
             except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError):
                 skipped += 1
     except zipfile.BadZipFile as error:
