@@ -24,7 +24,7 @@ import os
 import re
 import zipfile
 from dataclasses import asdict, dataclass
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import Path
 
 import torch
@@ -122,10 +122,9 @@ class LegoConfig:
         return cls(tuple(bricks), **settings)
 
     @classmethod
-    def official(cls, stack, **settings):
+    def official(cls, stack, classes=10, **settings):
         """The network of the released code: linear enrichment, z replaced, gradients through z, stretched coordinates."""
-        settings = dict(classes=10) | settings
-        return cls.parse(stack, local_mlp=False, residual=False, detach=False, stretch=True, gelu="tanh",
+        return cls.parse(stack, classes=classes, local_mlp=False, residual=False, detach=False, stretch=True, gelu="tanh",
                          time_scale=1.0, **settings)
 
     def __str__(self):
@@ -136,25 +135,18 @@ class LegoConfig:
 PRESETS = {name: LegoConfig.parse(stack, width=128, heads=4) for name, stack in {
     "tiny": "32/4x6 16/2x2 8/2x1 4/2x1", "tiny-pg": "4/2x1 8/2x1 16/2x2 32/4x6", "tiny-u": "32/4x6 16/4x1 8/2x1 16/4x1 32/2x1",
     "dit-4": "32/4x9", "dit-2": "32/2x9"}.items()}
-# The authors': (stack, width, heads, channels); XL works on 4 latent channels. Every PR is its PG reversed.
-for _name, _stack, _width, _heads, _channels in [
-    ("S-PG-64", "4/2x2 16/8x4 64/2x6", 384, 6, 3),
-    ("S-U-64", "64/2x6 16/8x4 4/2x2 16/8x4 64/2x6", 384, 6, 3),
-    ("S-U-32", "32/2x6 16/8x4 4/2x2 16/8x4 32/2x6", 384, 6, 3),
-    ("L-PG-64", "4/2x6 16/8x8 64/2x12", 1024, 16, 3),
-    ("L-PG-64-released", "4/2x6 16/8x6 64/2x12", 1024, 16, 3),
-    ("L-PG-32", "4/2x4 16/8x8 32/2x12", 1024, 16, 3),
-    ("L-U-64", "64/2x12 16/8x8 4/2x6 16/8x8 64/2x12", 1024, 16, 3),
-    ("L-U-32", "32/2x12 16/8x8 4/2x6 16/8x8 32/2x12", 1024, 16, 3),
-    ("XL-PG-32", "4/2x4 16/8x12 32/2x14", 1152, 16, 4),
-    ("XL-PG-64", "4/2x4 16/8x12 64/2x14", 1152, 16, 4),
-    ("XL-U-32", "32/2x14 16/8x10 4/2x4 16/8x10 32/2x14", 1152, 16, 4),
-    ("XL-U-64", "64/2x14 16/8x12 4/2x4 16/8x12 64/2x14", 1152, 16, 4),
-]:
-    _rest = dict(width=_width, heads=_heads, channels=_channels, classes=1000)
-    PRESETS[_name] = LegoConfig.official(_stack, **_rest)
-    if "PG" in _name:
-        PRESETS[_name.replace("PG", "PR")] = LegoConfig.official(" ".join(reversed(_stack.split())), **_rest)
+# The authors'. XL works on 4 latent channels; every PR is its PG reversed.
+_STACKS = {
+    "S-PG-64": "4/2x2 16/8x4 64/2x6", "S-U-64": "64/2x6 16/8x4 4/2x2 16/8x4 64/2x6",
+    "S-U-32": "32/2x6 16/8x4 4/2x2 16/8x4 32/2x6",
+    "L-PG-64": "4/2x6 16/8x8 64/2x12", "L-PG-64-released": "4/2x6 16/8x6 64/2x12", "L-PG-32": "4/2x4 16/8x8 32/2x12",
+    "L-U-64": "64/2x12 16/8x8 4/2x6 16/8x8 64/2x12", "L-U-32": "32/2x12 16/8x8 4/2x6 16/8x8 32/2x12",
+    "XL-PG-32": "4/2x4 16/8x12 32/2x14", "XL-PG-64": "4/2x4 16/8x12 64/2x14",
+    "XL-U-32": "32/2x14 16/8x10 4/2x4 16/8x10 32/2x14", "XL-U-64": "64/2x14 16/8x12 4/2x4 16/8x12 64/2x14"}
+_STACKS |= {name.replace("PG", "PR"): " ".join(reversed(s.split())) for name, s in _STACKS.items() if "PG" in name}
+for _name, _stack in _STACKS.items():
+    _width, _heads, _channels = dict(S=(384, 6, 3), L=(1024, 16, 3), XL=(1152, 16, 4))[_name.split("-")[0]]
+    PRESETS[_name] = LegoConfig.official(_stack, width=_width, heads=_heads, channels=_channels, classes=1000)
 
 # ---- Building blocks -------------------------------------------------------------------------------------------------
 
@@ -278,15 +270,12 @@ class Brick(nn.Module):
         seen = pixel // region * math.ceil(size / region) // (padded // region) * region          # the region's start
         return 2 * (seen + pixel % region) / max(size - 1, 1) - 1
 
-    def mask(self, rows, columns, H, W, device):
-        """(R, N, N), True where attention is allowed, for the layouts of both axes; None where everything is."""
-        if rows[1] == H and columns[1] == W:
+    def mask(self, around, H, W, device):
+        """(R, N, N), True where attention is allowed on a canvas padded by `around`; None where it is everywhere."""
+        if not any(around):
             return None
-        patch, real = self.spec.patch, []
-        for (before, padded, _), length in ((rows, H), (columns, W)):
-            start = torch.arange(0, padded, patch, device=device)
-            real.append(((start + patch > before) & (start < before + length)).view(-1, self.spec.region // patch))
-        real = (real[0][:, None, :, None] & real[1][None, :, None, :]).reshape(-1, self.spec.tokens)    # (R, N)
+        canvas = pad(torch.ones(1, 1, H, W, device=device), around)
+        real = patchify(canvas, self.spec.region, self.spec.patch)[0].any(-1)         # (R, N), tokens with a pixel of the image
         return real[:, :, None] == real[:, None, :]
 
     def correction(self, pixels, c, mask):
@@ -305,26 +294,25 @@ class Brick(nn.Module):
         """x and z (B, C, H, W), c (B, D), `regions` a tensor of region indices to run (None: all). Returns the new z;
         outside the chosen regions it is the old one."""
         (B, C, H, W), region, patch = x.shape, self.spec.region, self.spec.patch
-        (top, Hp, _), (left, Wp, roll) = rows, columns = self.layout(H, offset[0]), self.layout(W, offset[1], wrap)
+        (top, Hp, _), (left, Wp, roll) = self.layout(H, offset[0]), self.layout(W, offset[1], wrap)
+        around = left, Wp - W - left, top, Hp - H - top                                           # pixels of padding
         canvas = torch.cat([z, x], 1)                                                             # (B, 2C, H, W)
         canvas = canvas.roll(-roll, 3) if roll else canvas
-        if (Hp, Wp) != (H, W):
-            canvas = pad(canvas, (left, Wp - W - left, top, Hp - H - top), mode="replicate")
-        place = torch.stack([self.coordinates(top, Hp, H, x.device)[:, None].expand(Hp, Wp),
-                             self.coordinates(left, Wp, W, x.device)[None, :].expand(Hp, Wp)]).to(x.dtype)
+        canvas = pad(canvas, around, mode="replicate") if any(around) else canvas
+        place = self.coordinates(top, Hp, H, x.device), self.coordinates(left, Wp, W, x.device)
+        place = torch.stack(torch.meshgrid(*place, indexing="ij")).to(x.dtype)                    # (2, Hp, Wp)
         pixels = patchify(torch.cat([canvas, place.expand(B, -1, -1, -1)], 1), region, patch)     # (B, R, N, p * p * (2C + 2))
         pixels = pixels.unflatten(3, (patch * patch, -1))                                         # a pixel is [z, x, place]
-        z, mask = pixels[..., :C].flatten(3), self.mask(rows, columns, H, W, x.device)
-        inputs = pixels[..., C if self.first else 0:].flatten(3)
-        if regions is not None:
-            inputs, mask = inputs[:, regions], None if mask is None else mask[regions]
+        chosen, mask = slice(None) if regions is None else regions, self.mask(around, H, W, x.device)
+        z, inputs = pixels[..., :C].flatten(3), pixels[..., C if self.first else 0:].flatten(3)[:, chosen]
+        mask = None if mask is None else mask[chosen]
         R, N = inputs.shape[1:3]
         # Without gradients the regions go through in chunks: memory is bounded by the chunk, not by the canvas.
         size = R if torch.is_grad_enabled() else max(1, CHUNK["cpu" if x.device.type == "cpu" else "gpu"] // (B * N))
         masks = repeat(None) if mask is None else mask.split(size)
         new = torch.cat([self.correction(part, c, m) for part, m in zip(inputs.split(size, 1), masks)], 1)
         if self.config.residual:
-            new = new + (z if regions is None else z[:, regions])
+            new = new + z[:, chosen]
         z = new if regions is None else z.index_copy(1, regions, new)
         z = unpatchify(z, region, patch, Hp, Wp)[:, :, top:top + H, left:left + W]
         return z.roll(roll, 3) if roll else z
@@ -365,7 +353,8 @@ class Lego(nn.Module):
 
         x (B, C, H, W), any H and W, already scaled by c_in; c_noise (B,); labels (B,) int64 in 0..classes, where the index
         `classes`, like None, is "no label". skip: indices of bricks to leave out, which then cost nothing. regions: for every
-        brick the region indices to run, or None for all. offset, wrap: see `Brick`. ValueError on a bad `skip` or label."""
+        brick the region indices to run, or None for all. offset, wrap: see `Brick`. ValueError on a bad `skip`, or labels
+        for a network without classes."""
         c = self.time(time_features(self.config.time_scale * c_noise).to(self.time[0].weight.dtype))         # (B, D)
         if self.label is not None:
             labels = torch.full_like(c_noise, self.config.classes, dtype=torch.long) if labels is None else labels
@@ -422,6 +411,8 @@ def generator(*key):
 def normal(shape, generator, device):
     """Standard normal noise of `shape`, drawn on the CPU; a list of generators draws image i from the i-th."""
     if isinstance(generator, (list, tuple)):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} images: pass one for each, or a single one")
         return torch.stack([torch.randn(shape[1:], generator=g) for g in generator]).to(device)
     return torch.randn(shape, generator=generator).to(device)
 
@@ -456,16 +447,16 @@ class Diffusion:
         if chances.any():
             dropped = set((torch.rand(K, generator=generator) < chances).nonzero().flatten().tolist()) | set(skip)
             skip = dropped if len(dropped) < K else skip
-        regions, weights, point = [None] * K, [torch.ones((), device=device)] * K, torch.rand(2, generator=generator)
-        for k, share in enumerate(region_fraction or ()):
-            (rows, columns), region = model.config.bricks[k].grid(*x0.shape[2:]), model.config.bricks[k].region
-            count = max(1, round(share * rows * columns))
-            if count < rows * columns:
+        regions, weights, point = [None] * K, [1.0] * K, torch.rand(2, generator=generator)
+        for k, (spec, share) in enumerate(zip(model.config.bricks, region_fraction or ())):
+            rows, columns = spec.grid(*x0.shape[2:])
+            some = max(1, round(share * rows * columns))
+            if some < rows * columns:
                 apart = [(((torch.arange(m) + .5) / m - p + .5) % 1 - .5).abs() for m, p in zip((rows, columns), point)]
-                regions[k] = torch.maximum(apart[0][:, None], apart[1]).flatten().argsort()[:count].to(device)
-                chosen = torch.zeros(rows * columns, device=device).index_fill(0, regions[k], 1).view(rows, columns)
-                weight = chosen.repeat_interleave(region, 0).repeat_interleave(region, 1)[:x0.shape[2], :x0.shape[3]]
-                weights[k] = weight / weight.mean()                                               # (H, W), of mean 1
+                regions[k] = torch.maximum(apart[0][:, None], apart[1]).flatten().argsort()[:some].to(device)
+                chosen = torch.zeros(rows * columns, device=device).index_fill(0, regions[k], 1).view(1, 1, rows, columns)
+                weight = interpolate(chosen, scale_factor=spec.region)[..., :x0.shape[2], :x0.shape[3]]
+                weights[k] = weight / weight.mean()                                               # (1, 1, H, W), of mean 1
         s = sigma.view(-1, 1, 1, 1)
         x = x0 + s * noise
         c_skip, c_out, c_in, c_noise = self.coefficients(s)
@@ -521,14 +512,11 @@ class Diffusion:
             raise ValueError(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
         sigmas = self.levels(steps)
         joins = next(i for i, sigma in enumerate(sigmas) if sigma <= refine)
-        sizes = [(H, W)] if plain else canvases(size, H, W)
-        total = steps + (steps - joins) * sum(h > size for h, _ in sizes[1:])
-        done = 0
+        (h, w), *larger = [(H, W)] if plain else canvases(size, H, W)
+        done, total = count(1), steps + (steps - joins) * sum(height > size for height, _ in larger)
 
         def walk(x, start, down, across):
             """From x at level sigmas[start] to a clean image, the grid shifting down, across, both or not at all."""
-            nonlocal done
-            wrap = across and not down
             for i in range(start, steps):
                 sigma, lower = sigmas[i], sigmas[i + 1]
                 # Strides of an odd number of pixels lead the grid through every phase of the patches, so that no seam stays
@@ -539,7 +527,7 @@ class Diffusion:
 
                 def estimate(x, sigma):
                     x0 = Diffusion.denoise(self, model, x, sigma, labels, skip=skipped, guidance=guidance, offset=offset,
-                                           wrap=wrap)
+                                           wrap=across and not down)
                     x0 = guide(x0, x, sigma) if guide else x0
                     return x0.clamp(-1, 1) if clip else x0
 
@@ -555,36 +543,30 @@ class Diffusion:
                         x = x + lower * math.sqrt(1 - keep) * normal(x.shape, generator, device)
                 else:
                     slope = (x - x0) / sigma
-                    ahead = x + (lower - sigma) * slope
                     if sampler == "heun" and lower > 0:
-                        slope = (slope + (ahead - estimate(ahead, lower)) / lower) / 2
                         ahead = x + (lower - sigma) * slope
-                    x = ahead
-                done += 1
+                        slope = (slope + (ahead - estimate(ahead, lower)) / lower) / 2
+                    x = x + (lower - sigma) * slope
                 if callback:
-                    callback(done, total, x0)
+                    callback(next(done), total, x0)
             return x
 
-        if plain:
-            return walk(sigmas[0] * normal(shape, generator, device), 0, down=False, across=False)
-        h, w = sizes[0]
-        whole = (B, C, size, math.ceil(w / size) * size)
-        x0 = walk(sigmas[0] * normal(whole, generator, device), 0, down=False, across=w > size)
-        x0 = x0[..., (whole[3] - w) // 2:][..., :w]
-        for h, w in sizes[1:]:
+        full = w if plain else math.ceil(w / size) * size
+        x0 = walk(sigmas[0] * normal((B, C, h, full), generator, device), 0, down=False, across=w > size and not plain)
+        x0 = x0[..., (full - w) // 2:][..., :w]
+        for h, w in larger:
             x0 = interpolate(x0, (h, w), mode="bicubic", antialias=True)
-            if h > size and joins < steps:
+            if h > size:
                 x0 = walk(x0 + sigmas[joins] * normal(x0.shape, generator, device), joins, down=True, across=True)
         return x0
 
 
 def canvases(size, H, W):
     """The heights and widths that lead from the training height to H x W: doubled as often as needed, or shrunk once."""
-    sizes = [(size, max(1, round(W * size / H)))]
-    while sizes[-1][0] < H:
-        h = min(2 * sizes[-1][0], H)
-        sizes.append((h, W if h == H else max(1, round(W * h / H))))
-    return sizes if sizes[-1] == (H, W) else sizes + [(H, W)]
+    heights = [size]
+    while heights[-1] < H:
+        heights.append(min(2 * heights[-1], H))
+    return [(h, max(1, round(W * h / H))) for h in heights + [H] * (H < size)]
 
 
 class EDM(Diffusion):
@@ -668,13 +650,12 @@ def write_aside(path, write):
         aside.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, model, **state):
+def save_checkpoint(path, model, weights=None, **state):
     """Write weights, config and `model.info` (JSON-able) to `path`, with any further `state` of tensors, numbers, strings,
-    lists and dictionaries. Pass weights=... to store other tensors than the model's own (an average, say)."""
-    weights = state.pop("weights", None) or model.state_dict()
+    lists and dictionaries. Pass `weights` to store other tensors than the model's own (an average, say)."""
     json.dumps(model.info)                                                  # TypeError now rather than when it is loaded
     buffer = io.BytesIO()               # so that a full disk is an OSError of ours, not an error inside torch's writer
-    torch.save(dict(config=asdict(model.config), info=model.info, weights=weights, **state), buffer)
+    torch.save(dict(config=asdict(model.config), info=model.info, weights=weights or model.state_dict(), **state), buffer)
     write_aside(path, lambda file: file.write(buffer.getbuffer()))
 
 
@@ -727,18 +708,17 @@ def load_official(model, state_dict):
     environment, save the tensors once: `torch.save(ema.model.state_dict(), "weights.pt")`, and read that file with
     `torch.load("weights.pt", weights_only=True)`. Their fixed position tables are checked against ours."""
     ours = {}
-    for name, tensor in state_dict.items():
-        for theirs, mine in OFFICIAL_NAMES:
-            name = name.replace(theirs, mine)
-        if name.endswith("pos_embed"):
-            table = model.get_submodule(name[:-len(".pos_embed")]).position
-            if not torch.allclose(tensor.float().reshape(table.shape), table, atol=1e-5):
-                raise ValueError(f"{name}: the position table differs from the released network's")
-            continue
-        if name.endswith("local.weight"):           # theirs is a convolution (D, [z, x, place], p, p)
-            tensor = tensor.permute(0, 2, 3, 1).flatten(1)
-        ours[name] = tensor
     try:
+        for name, tensor in state_dict.items():
+            for theirs, mine in OFFICIAL_NAMES:
+                name = name.replace(theirs, mine)
+            if name.endswith("local.weight"):       # theirs is a convolution (D, [z, x, place], p, p)
+                tensor = tensor.permute(0, 2, 3, 1).flatten(1)
+            ours[name] = tensor
+        for k, brick in enumerate(model.bricks):
+            table = ours.pop(f"bricks.{k}.pos_embed", brick.position)
+            if not torch.allclose(table.float().reshape(brick.position.shape), brick.position, atol=1e-5):
+                raise ValueError(f"brick {k}: the position table differs from the released network's")
         model.load_state_dict(ours)
     except RuntimeError as error:
         raise ValueError("the weights do not fit this stack: " + " ".join(str(error).split())) from error

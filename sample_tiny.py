@@ -5,7 +5,6 @@ Image i of a seed has its own random generator, so it is the same picture whatev
 SPDX-License-Identifier: MIT
 """
 
-import argparse
 import itertools
 import math
 import re
@@ -21,41 +20,40 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from lego import OBJECTIVES, SAMPLERS, BrickSpec, Diffusion, Lego, generator, load_checkpoint, write_aside
-from train_tiny import (Parser, command, landscapes, load_data, peak_memory, pick_device, pick_precision, picture, save_picture,
-                        sheet_columns, timed, to_bytes, to_float)
+from train_tiny import (Parser, command, flag, landscapes, load_data, peak_memory, pick_device, pick_precision, picture,
+                        save_picture, sheet_columns, timed, to_bytes, to_float)
 
 LARGEST_SHEET = 1 << 26         # pixels of a picture that holds all samples
 
 
 def read_flags():
-    p = Parser(description="Sample from a LEGO diffusion stack.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--ckpt", help="checkpoint file (default: the newest under runs/, else assets/landscapes.pt)")
-    p.add_argument("--skip", default="", help="bricks to leave out: 2,3 at every step; 2,3@0-0.5 in the first, noisy half of the "
-                   "steps; several such parts separated by semicolons; auto: every brick where it hardly matters, as training measured")
-    p.add_argument("--size", help="SIDE or HEIGHTxWIDTH in pixels: height decides the resolution, and width beyond that widens the "
-                   "scene (default: the training size)")
-    p.add_argument("--canvas", default="ours", choices=["ours", "tiled", "one"], help="how a canvas beyond the training size is made: "
-                   "our way; regions side by side, as in the released code; or with image-level regions as large as the canvas")
-    p.add_argument("--n", type=int, default=32, help="number of images")
-    p.add_argument("--batch", type=int, default=32, help="images computed at a time")
-    p.add_argument("--steps", type=int, help="noise levels walked (default: 18 for edm, 100 for ddpm)")
-    p.add_argument("--sampler", choices=[*SAMPLERS, "ddim"], help="ddim is another name of euler (default: the objective's: "
-                   "heun for edm, ancestral for ddpm)")
-    p.add_argument("--churn", type=float, default=0.0, help="S_churn of Karras et al.: noise added at each step of heun and euler")
-    p.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 is off")
-    p.add_argument("--label", help="class name or index for all images, or none (default: every class in turn)")
-    p.add_argument("--seed", type=int, default=0, help="seed; image i of a seed is always the same")
-    p.add_argument("--out", default="runs/samples.png", help="FILE.png (one sheet), FILE.npz (arr_0, uint8 NHWC) or a folder of "
-                   "PNG files")
+    p = Parser(description="Sample from a LEGO diffusion stack.")
+    flag(p, "--ckpt", None, "checkpoint file (default: the newest under runs/, else assets/landscapes.pt)")
+    flag(p, "--skip", "", "bricks to leave out: 2,3 at every step; 2,3@0-0.5 in the first, noisy half of the steps; several "
+         "such parts separated by semicolons; auto: every brick where it hardly matters, as training measured")
+    flag(p, "--size", None, "SIDE or HEIGHTxWIDTH in pixels: height decides the resolution, and width beyond that widens the "
+         "scene (default: the training size)")
+    flag(p, "--canvas", "ours", "how a canvas beyond the training size is made: our way; regions side by side, as in the "
+         "released code; or with image-level regions as large as the canvas", choices=["ours", "tiled", "one"])
+    flag(p, "--n", 32, "number of images", type=int)
+    flag(p, "--batch", 32, "images computed at a time", type=int)
+    flag(p, "--steps", None, "noise levels walked (default: 18 for edm, 100 for ddpm)", type=int)
+    flag(p, "--sampler", None, "ddim is another name of euler (default: the objective's: heun for edm, ancestral for ddpm)",
+         choices=[*SAMPLERS, "ddim"])
+    flag(p, "--churn", 0.0, "S_churn of Karras et al.: noise added at each step of heun and euler", type=float)
+    flag(p, "--guidance", 1.0, "classifier-free guidance scale; 1 is off", type=float)
+    flag(p, "--label", None, "class name or index for all images, or none (default: every class in turn)")
+    flag(p, "--seed", 0, "seed; image i of a seed is always the same", type=int)
+    flag(p, "--out", "runs/samples.png", "FILE.png (one sheet), FILE.npz (arr_0, uint8 NHWC) or a folder of PNG files")
     other = p.add_mutually_exclusive_group()
-    other.add_argument("--stages", action="store_true", help="instead show how one image forms: a column per noise level, the noisy "
-                   "image in the first row, every brick's estimate of x0 below")
-    other.add_argument("--bench", action="store_true", help="instead time canvases of several sizes, and every subset of bricks "
-                   "against its share of FLOPs")
-    other.add_argument("--eval", metavar="DATASET", help="instead compare the samples with as many images of a data set, as "
-                       "train_tiny.py names it: distance at every scale, and how visible the borders of regions are")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    p.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="number format of the network")
+    flag(other, "--stages", False, "instead show how one image forms: a column per noise level, the noisy image in the first "
+         "row, every brick's estimate of x0 below", action="store_true")
+    flag(other, "--bench", False, "instead time canvases of several sizes, and every subset of bricks against its share of "
+         "FLOPs", action="store_true")
+    flag(other, "--eval", None, "instead compare the samples with as many images of a data set, as train_tiny.py names it: "
+         "distance at every scale, and how visible the borders of regions are", metavar="DATASET")
+    flag(p, "--device", "auto", "auto, cpu, cuda, mps")
+    flag(p, "--precision", "auto", "number format of the network", choices=["auto", "fp32", "bf16"])
     a = p.parse_args()
     for name, (least, most) in dict(n=(1, 1 << 32), batch=(1, 1 << 16), steps=(1, 10_000), seed=(0, 1 << 64), guidance=(0, 1000),
                                     churn=(0, 1000)).items():
@@ -183,11 +181,10 @@ class Sampler:
                 bar.update(len(numbers))
 
 
-def write_npz(batches, n, size, channels, file):
-    """An ADM sample file, written as the batches come: `arr_0`, uint8 (n, H, W, C)."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-        header = dict(descr="|u1", fortran_order=False, shape=(n, *size, channels))
-        np.lib.format.write_array_header_1_0(member, header)
+def write_npz(batches, shape, file):
+    """An ADM sample file, written as the batches come: `arr_0`, uint8 of `shape` (n, H, W, C)."""
+    with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, dict(descr="|u1", fortran_order=False, shape=shape))
         for images in batches:
             member.write(images.tobytes())
 
@@ -200,8 +197,7 @@ def stages(sampler, columns=9):
         labels = None if sampler.label is None else torch.tensor([sampler.label(0)], device=x.device)
         if x.shape[2:] == sampler.size:
             every = Diffusion.denoise(sampler.diffusion, sampler.model, x, sigma, labels, return_all=True)
-            noisy = x * .5 / math.hypot(.5, sigma)
-            seen[round(sigma, 9)] = torch.cat([noisy, *every])
+            seen[sigma] = torch.cat([x * .5 / math.hypot(.5, sigma), *every])
         return x0
 
     sampler.images([0], guide=watch)
@@ -237,17 +233,17 @@ def bench(sampler, rounds=8):
 
     K, steps = len(config.bricks), sampler.settings["steps"]
     subsets = [(skip, 4) for k in range(K) for skip in itertools.combinations(range(K), k)]
-    subsets += [((), steps), (tuple(range(K // 2, K)), steps)]                  # and whole samples, all bricks and half of them
-    times, flops = [[] for _ in subsets], []
-    for i in range(rounds + 1):
-        for k in np.random.default_rng(i).permutation(len(subsets)) if i else range(len(subsets)):
+    subsets += [((), steps), (tuple(range(max(1, K // 2), K)), steps)]          # and whole samples, all bricks and half of them
+    times, flops = [[] for _ in subsets], [0] * len(subsets)
+    for i in range(rounds + 1):                                                 # the first round warms up
+        for k in np.random.default_rng(i).permutation(len(subsets)):
             (skip, steps), sampler.flops = subsets[k], 0
             times[k].append(timed(lambda: sampler.images(range(n), skip=skip, steps=steps), device))
-            flops += [] if i else [sampler.flops / n]
+            flops[k] = sampler.flops / n
     print(f"\n{n} images of {sampler.size[0]}x{sampler.size[1]}, {sampler.diffusion.sampler}: ms per image (10% to 90% of {rounds})\n"
           "skipped   steps  GFLOPs  time per image              FLOPs    time   time saved / FLOPs saved")
     for (skip, steps), row, count in zip(subsets, times, flops):
-        whole = next(i for i, s in enumerate(subsets) if s == ((), steps))
+        whole = subsets.index(((), steps))
         saved, share = 1 - count / flops[whole], np.median(np.divide(row, times[whole])[1:])
         print(f"{','.join(map(str, skip)) or 'nothing':<8} {steps:>6} {count / 1e9:>7.2f}  {spread(row[1:], n):<26} {1 - saved:>6.1%}  "
               f"{share:>6.1%}   " + (f"{(1 - share) / saved:.2f}" if saved else ""))
@@ -304,9 +300,10 @@ def evaluate(sampler, name, n):
         data = load_data(name, "data", sampler.size[0])
         n = min(n, len(data.held_out[0]))
         true, other = (np.random.default_rng(0).permutation(images)[:n] for images in (data.held_out[0], data.train[0]))
+    shape = n, *sampler.size, sampler.model.config.channels
+    if shape != true.shape:
+        raise ValueError(f"samples are {shape[1:]}, but images of {name} {true.shape[1:]} (height, width, channels)")
     images = np.concatenate(list(sampler.batches(n)))
-    if images.shape != true.shape:
-        raise ValueError(f"samples are {images.shape[1:]}, but images of {name} {true.shape[1:]} (height, width, channels)")
     print(f"{n} samples against {n} images (in brackets: images against others of the data set)\nsliced Wasserstein distance x 1000, "
           "from the finest level to the coarsest, and their mean")
     ours, floor = (d + [sum(d) / len(d)] for d in (distances(images, true), distances(other, true)))
@@ -327,18 +324,18 @@ def main():
     if a.bench or a.eval:
         return bench(sampler) if a.bench else evaluate(sampler, a.eval, a.n)
     (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
-    began, channels = time.perf_counter(), sampler.model.config.channels
+    began, config = time.perf_counter(), sampler.model.config
     if a.stages:
-        save_picture(stages(sampler), out if out.suffix == ".png" else out / "stages.png")
+        out = out.with_suffix(".png") if out.suffix else out / "stages.png"
+        save_picture(stages(sampler), out)
         return print(f"written to {out}")
     if out.suffix == ".npz":
-        write_aside(out, partial(write_npz, sampler.batches(a.n), a.n, sampler.size, channels))
+        write_aside(out, partial(write_npz, sampler.batches(a.n), (a.n, *sampler.size, config.channels)))
     elif out.suffix == ".png":
         if a.n * math.prod(sampler.size) > LARGEST_SHEET:
             raise ValueError(f"{a.n} images of {sampler.size[0]}x{sampler.size[1]} are too much for one picture: name a folder")
-        columns = min(a.n, max(1, round(sheet_columns(sampler.model.config.classes) * sampler.size[0] / sampler.size[1])))
-        images = np.concatenate(list(sampler.batches(a.n)))
-        save_picture(picture(images, columns), out)
+        columns = min(a.n, max(1, round(sheet_columns(config.classes) * sampler.size[0] / sampler.size[1])))
+        save_picture(picture(np.concatenate(list(sampler.batches(a.n))), columns), out)
     else:
         for i, image in enumerate(itertools.chain.from_iterable(sampler.batches(a.n))):
             save_picture(picture(image[None], 1, enlarge=False), out / f"{i:06d}.png")

@@ -25,9 +25,11 @@ import time
 import traceback
 import urllib.request
 import zipfile
+import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -68,16 +70,13 @@ def landscapes(seed, indices, H, W):
     colours = (colours * (.85 + .3 * draw()[:, :, None]))[:, :, None, None]                            # (n, 5, 1, 1, 3)
     above, below, disc, far, near = colours.transpose(1, 0, 2, 3, 4)
     image = below + (above - below) * (y[..., None] * draw(1., 1.4)[..., None, None] - .25).clip(0, 1)
-    image = np.broadcast_to(image, (len(labels), H, W, 3))
 
-    is_night = (labels == 2)[:, None, None, None]
-    if is_night.any():                                                                                 # stars
-        blur = math.hypot(.012, .4 / H)
-        sx, sy, glow = random[:, 160:240, 0] * PERIOD, random[:, 240:320, 0], random[:, 320:400]       # (n, 80)
-        apart = (x[:, None] - sx[:, :, None] + PERIOD / 2) % PERIOD - PERIOD / 2                       # (n, 80, W)
-        rows = np.exp(-(y[:, None, :, 0] - sy[:, :, None]) ** 2 / (2 * blur ** 2)) * glow              # (n, 80, H)
-        stars = rows.transpose(0, 2, 1) @ np.exp(-apart ** 2 / (2 * blur ** 2)) * (1.6 * (.012 / blur) ** 2)
-        image = image + (1 - image) * np.clip(stars, 0, 1)[..., None] * is_night
+    blur = math.hypot(.012, .4 / H)                                                                    # stars, at night
+    sx, sy, glow = random[:, 160:240, 0] * PERIOD, random[:, 240:320, 0], random[:, 320:400]           # (n, 80)
+    apart = (x[:, None] - sx[:, :, None] + PERIOD / 2) % PERIOD - PERIOD / 2                           # (n, 80, W)
+    rows = np.exp(-(y[:, None, :, 0] - sy[:, :, None]) ** 2 / (2 * blur ** 2)) * glow                  # (n, 80, H)
+    stars = rows.transpose(0, 2, 1) @ np.exp(-apart ** 2 / (2 * blur ** 2)) * (1.6 * (.012 / blur) ** 2)
+    image = image + (1 - image) * np.clip(stars, 0, 1)[..., None] * (labels == 2)[:, None, None, None]
     for cell in range(4):                                                       # a sun or moon for every 2 heights sideways
         sx, sy, radius = (cell + draw(.15, .85)) * 2, draw(.55, .9), draw(.07, .12)
         apart = (x - sx + PERIOD / 2) % PERIOD - PERIOD / 2
@@ -179,9 +178,14 @@ def fetch(name, sha256, urls, folder, opener=open):
     part = path.with_name(name + ".part")
 
     def matches(file):
-        with opener(file, "rb") as content:
-            return hashlib.sha256(content.read(LARGEST_FILE)).hexdigest() == sha256
+        try:
+            with opener(file, "rb") as content:
+                return hashlib.sha256(content.read(LARGEST_FILE)).hexdigest() == sha256
+        except (gzip.BadGzipFile, EOFError, zlib.error):
+            return False
 
+    if part.exists() and matches(part):             # a download that was stopped between its last byte and the check
+        part.replace(path)
     if path.exists():
         if matches(path):
             return path
@@ -205,7 +209,7 @@ def fetch(name, sha256, urls, folder, opener=open):
                 return path
             part.unlink()
             reasons.append(f"{url}: wrong checksum")
-        except OSError as error:                                                # URLError and gzip.BadGzipFile are OSErrors
+        except (OSError, ValueError, HTTPException) as error:                   # URLError is an OSError
             reasons.append(f"{url}: {error}")
     raise ValueError(f"cannot download {name} ({'; '.join(reasons)}). Get it elsewhere and put it at {path}")
 
@@ -228,7 +232,7 @@ def read_cifar10(path):
         with tarfile.open(path, "r:gz") as archive:
             parts = [records(archive, f"data_batch_{i}.bin") for i in range(1, 6)]
             return tuple(np.concatenate(p) for p in zip(*parts)), records(archive, "test_batch.bin")
-    except (tarfile.TarError, EOFError, gzip.zlib.error) as error:
+    except (tarfile.TarError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a readable .tar.gz archive ({error})") from error
 
 
@@ -238,7 +242,7 @@ def read_idx(images_path, labels_path):
         try:
             with gzip.open(path) as file:
                 data = file.read(LARGEST_FILE)
-        except (OSError, EOFError, gzip.zlib.error) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is not a readable .gz file ({error})") from error
         head = 4 + 4 * dims
         shape = struct.unpack(f">{dims}I", data[4:head]) if len(data) >= head else ()
@@ -280,11 +284,11 @@ def read_image(data, size):
 def read_folder(path, size):
     """A Data set from a folder or a zip of images: the class is the name of the folder an image lies in. The last tenth of each
     class is held out. Files that cannot be read are skipped and counted; the images are never written anywhere."""
-    def files():                                                              # (name, function that reads the bytes)
+    def files():                                                              # (name, function that opens the file)
         if path.is_dir():
             for file in sorted(path.rglob("*")):
                 if file.is_file():
-                    yield file.relative_to(path.parent), file.stat().st_size, file.read_bytes
+                    yield file.relative_to(path.parent), partial(file.open, "rb")
         else:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
@@ -294,20 +298,20 @@ def read_folder(path, size):
                     link = stat.S_ISLNK(info.external_attr >> 16)
                     if link or ".." in Path(info.filename).parts or info.filename.startswith(("/", "\\")):
                         raise ValueError(f"{path}: member {info.filename!r} points out of the archive: do not trust this file")
-                    yield Path(path.stem) / info.filename, info.file_size, lambda: archive.open(info).read(LARGEST_FILE)
+                    yield Path(path.stem) / info.filename, partial(archive.open, info)
 
     images, skipped = {}, 0
     try:
-        for name, length, read in tqdm(files(), desc=f"reading {path.name}", unit=" files", leave=False):
+        for name, opened in tqdm(files(), desc=f"reading {path.name}", unit=" files", leave=False):
             if name.suffix.lower() not in SUFFIXES or any(part.startswith((".", "__MACOSX")) for part in name.parts[1:]):
                 continue
             try:
-                if length > LARGEST_FILE:
-                    raise ValueError("too large")
-                image = read_image(read(), size)
-                images.setdefault(name.parent.name, []).append(image)
-            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError):
+                with opened() as file:
+                    image = read_image(file.read(LARGEST_FILE), size)
+            except Exception:           # readers of archives and images meet hostile bytes with errors of almost any type
                 skipped += 1
+            else:
+                images.setdefault(name.parent.name, []).append(image)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a readable zip archive ({error})") from error
     found = sum(map(len, images.values()))
@@ -315,15 +319,14 @@ def read_folder(path, size):
     if found < 2:
         raise ValueError(f"{path}: {found} readable images found; put images into one folder per class")
     channels = max(image.shape[2] for group in images.values() for image in group)
-    parts = [[], []]                                                          # train, held out
-    for label, name in enumerate(sorted(images)):
+    classes, parts = sorted(images), ([], [])                                 # train, held out
+    for label, name in enumerate(classes):
         group = np.stack([np.broadcast_to(image, (size, size, channels)) for image in images.pop(name)])
         cut = len(group) - len(group) // 10
         for part, chosen in zip(parts, (group[:cut], group[cut:])):
-            part.append((chosen, np.full(len(chosen), label, np.uint8 if label < 256 else np.int64)))
-        images[name] = ()
+            part.append((chosen, np.full(len(chosen), label)))
     train, held_out = (tuple(np.concatenate(p) for p in zip(*part)) for part in parts)
-    return Data(path.stem, sorted(images), channels, True, size, train, held_out if len(held_out[0]) else train)
+    return Data(path.stem, classes, channels, True, size, train, held_out if len(held_out[0]) else train)
 
 
 def load_data(name, folder, size):
@@ -340,7 +343,7 @@ def load_data(name, folder, size):
         return Data(name, FASHION, 1, False, size, (resized(train[0], size), train[1]), (resized(test[0], size), test[1]))
     if not Path(name).exists():
         raise ValueError(f"no data set {name!r}: take landscapes, cifar10, fashion-mnist, or an existing folder or zip of images")
-    return read_folder(Path(name), size)
+    return read_folder(Path(os.path.abspath(name)), size)
 
 
 # ---- Pictures and command line, shared with sample_tiny.py -----------------------------------------------------------
@@ -351,10 +354,9 @@ def picture(images, columns, enlarge=True):
     repeats pixels until an image is at least 96 high."""
     n, H, W, C = images.shape
     rows = math.ceil(n / columns)
-    sheet = np.full((rows * (H + 1) - 1, columns * (W + 1) - 1, C), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (H + 1), i % columns * (W + 1)
-        sheet[top:top + H, left:left + W] = image
+    sheet = np.full((rows * columns, H + 1, W + 1, C), 255, np.uint8)
+    sheet[:n, :H, :W] = images
+    sheet = sheet.reshape(rows, columns, H + 1, W + 1, C).swapaxes(1, 2).reshape(rows * (H + 1), -1, C)[:-1, :-1]
     sheet = Image.fromarray(sheet.squeeze(2) if C == 1 else sheet)
     times = math.ceil(96 / H) if enlarge else 1
     return sheet.resize((sheet.width * times, sheet.height * times), Image.NEAREST)
@@ -366,7 +368,7 @@ def sheet_columns(classes):
 
 
 def save_picture(sheet, path):
-    write_aside(path, lambda file: sheet.save(file, format=Path(path).suffix[1:].replace("jpg", "jpeg")))
+    write_aside(path, lambda file: sheet.save(file, "png"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -374,6 +376,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
+
+
+def flag(parser, name, default, help, **settings):
+    parser.add_argument(name, default=default, help=help + ("" if default is None else f" (default: {default})"), **settings)
 
 
 def command(main):
@@ -399,7 +405,7 @@ def command(main):
 def pick_device(name):
     """torch.device of "auto", "cpu", "cuda", "cuda:1", ...; ValueError if it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -428,18 +434,12 @@ def pick_precision(name, device):
 
 def timed(work, device):
     """Seconds that work() takes, including what it leaves to the accelerator."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else int
+    wait = int if device.type == "cpu" else torch.accelerator.synchronize
     wait()
     began = time.perf_counter()
     work()
     wait()
     return time.perf_counter() - began
-
-
-def large_product(device, precision):
-    """FLOP/s of a product of two 2048 x 2048 matrices, the best of three: what a step's speed is held against."""
-    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return 2 * 2048 ** 3 / min(timed(lambda: a @ a, device) for _ in range(3))
 
 
 def peak_memory(device):
@@ -454,16 +454,9 @@ def peak_memory(device):
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
-DEFAULTS = {}           # filled by `flag`: a flag that was not given keeps a resumed run's value, else takes this
 FREE = {"bench", "resume", "steps", "minutes", "device", "data_dir", "save_minutes"}     # may differ when a run is resumed
 LOG_EVERY = 20          # steps
 CHOICES = "local_mlp", "residual", "detach", "supervision"      # what --without leaves out: see LegoConfig and Diffusion.loss
-
-
-def flag(parser, name, default, help, **settings):
-    DEFAULTS[name[2:].replace("-", "_")] = default
-    parser.add_argument(name, default=argparse.SUPPRESS, help=help + ("" if default is None else f" (default: {default})"),
-                        **settings)
 
 
 def read_flags():
@@ -472,7 +465,8 @@ def read_flags():
     flag(p, "--dataset", "landscapes", "landscapes, cifar10, fashion-mnist, or a folder or zip of images (class = folder name)")
     flag(p, "--data-dir", "data", "where data sets are looked for and downloaded to")
     stack, budget = p.add_mutually_exclusive_group(), p.add_mutually_exclusive_group()
-    flag(stack, "--preset", "tiny", "a stack by name: " + ", ".join(n for n in PRESETS if n[0] in "td") + ", or one of the authors'")
+    flag(stack, "--preset", None, "a stack by name: " + ", ".join(n for n in PRESETS if n[0] in "td")
+         + ", or one of the authors' (default: tiny)")
     flag(stack, "--bricks", None, 'a stack of your own, region/patch x depth, such as "32/4x6 8/2x2"; replaces --preset')
     flag(p, "--width", None, "width of the Transformer blocks (default: the preset's)", type=int)
     flag(p, "--heads", None, "attention heads (default: the preset's)", type=int)
@@ -480,7 +474,7 @@ def read_flags():
     flag(p, "--size", 32, "height and width of the training images", type=int)
     flag(p, "--objective", "edm", "edm or ddpm", choices=list(OBJECTIVES))
     flag(budget, "--steps", None, "budget in optimizer steps", type=int)
-    flag(budget, "--minutes", 10.0, "budget in minutes, when --steps is not given", type=float)
+    flag(budget, "--minutes", None, "budget in minutes (default: 10, when --steps is not given either)", type=float)
     flag(p, "--batch", 32, "images per step, over all processes", type=int)
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
     flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number, or one per brick, comma "
@@ -499,20 +493,20 @@ def read_flags():
     flag(p, "--compile", False, "compile the bricks with torch.compile", action="store_true")
     flag(p, "--seed", 0, "seed of everything random", type=int)
     flag(p, "--bench", False, "only measure the speed of a step", action="store_true")
-    given = vars(p.parse_args())
-    state = None
-    if given.get("resume"):
-        state = read_checkpoint(path := Path(given["resume"]) / "checkpoint.pt")
-        if "train" not in state or "settings" not in state["info"]:
+    s, state = p.parse_args(), None
+    if s.resume:
+        state = read_checkpoint(path := Path(s.resume) / "checkpoint.pt")
+        if "train" not in state or not isinstance(state["info"].get("settings"), dict):
             raise ValueError(f"{path} holds weights to sample from, but no run to resume")
-        stored = state["info"]["settings"]
-        for name, value in given.items():
+        stored = vars(s) | state["info"]["settings"] | dict(out=s.resume)
+        if s.steps or s.minutes:                                    # a new budget replaces the stored one
+            stored |= dict(steps=None, minutes=None)
+        s = p.parse_args(namespace=argparse.Namespace(**stored))    # the flags given again, now over the stored ones
+        for name, value in vars(s).items():
             if name not in FREE and value != stored[name]:
                 raise ValueError(f"--{name.replace('_', '-')} {value} contradicts the run to resume, which has {stored[name]}")
-        if "steps" in given or "minutes" in given:
-            stored["steps"] = None
-        given = stored | given | dict(out=given["resume"])
-    s = argparse.Namespace(**DEFAULTS | given)
+    if s.steps is None and s.minutes is None:
+        s.minutes = 10.0
     tiny, whole = 1e-9, 2 ** 32 - 1
     for name, (least, most) in dict(size=(1, 4096), steps=(1, whole), batch=(1, 1 << 16), ema_images=(1, whole), seed=(0, whole),
                                     minutes=(tiny, 1e6), lr=(tiny, 1), label_drop=(0, 1),
@@ -525,9 +519,9 @@ def read_flags():
 
 def make_config(s, data):
     """The LegoConfig that the flags ask for, for the images of `data`."""
-    if s.preset not in PRESETS:
+    if s.preset and s.preset not in PRESETS:
         raise ValueError(f"unknown preset {s.preset!r}: take one of {', '.join(PRESETS)}")
-    preset = PRESETS[s.preset]
+    preset = PRESETS[s.preset or "tiny"]
     changes = dict(channels=data.channels, classes=len(data.classes) if len(data.classes) > 1 else 0, size=s.size,
                    width=preset.width if s.width is None else s.width, heads=preset.heads if s.heads is None else s.heads)
     without = set(filter(None, s.without.split(",")))
@@ -617,8 +611,7 @@ def share(parameters, extra, world):
     flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(extra, device=grads[0].device)])
     dist.all_reduce(flat)
     flat /= world
-    for g, part in zip(grads, flat.split([g.numel() for g in grads] + [len(extra)])):
-        g.copy_(part.view_as(g))
+    torch.nn.utils.vector_to_parameters(flat, grads)
     return flat[-len(extra):].tolist()
 
 
@@ -652,26 +645,14 @@ def useful_levels(losses, sigma, tolerance=0.002):
     return levels
 
 
-def sample_sheet(model, diffusion, autocast, seed=0):
+def sample_sheet(model, diffusion, autocast):
     """A picture of samples, a class in every column."""
-    classes = model.config.classes
-    columns = sheet_columns(classes)
-    labels = torch.arange(4 * columns) % classes if classes else None
+    config, n = model.config, 4 * sheet_columns(model.config.classes)
+    labels = torch.arange(n, device=next(model.parameters()).device) % config.classes if config.classes else None
     with autocast():
-        images = diffusion.sample(model, (4 * columns, model.config.channels, model.config.size, model.config.size),
-                                  None if labels is None else labels.to(next(model.parameters()).device),
-                                  generator=[generator(seed, i) for i in range(4 * columns)], clip=True)
-    return picture(to_bytes(images), columns)
-
-
-class Stream(torch.utils.data.Dataset):
-    """Item `step` is this process's part of that step's batch, made ahead of time by a worker process."""
-
-    def __init__(self, data, **arguments):
-        self.data, self.arguments = data, arguments
-
-    def __getitem__(self, step):
-        return self.data.batch(step=step, **self.arguments)
+        images = diffusion.sample(model, (n, config.channels, config.size, config.size), labels,
+                                  generator=[generator(0, i) for i in range(n)], clip=True)
+    return picture(to_bytes(images), n // 4)
 
 
 def ignore_signals(worker):
@@ -716,17 +697,17 @@ class Trainer:
         if s.compile:               # the blocks only: they share their code, so that compiling takes a minute, not one a brick
             for block in itertools.chain.from_iterable(brick.blocks for brick in self.model.bricks):
                 block.compile()
-        self.began, self.stop = time.perf_counter() - self.seconds, []
+        self.began, self.stop = time.perf_counter() - self.seconds, False       # stop: a signal asked for it
         print(self.model.table())
         words = [", ".join(f"{value:.3g}" for value in values) for values in (self.fractions, self.drops)]
         print(f"training on the share {words[0]} of each brick's regions, leaving bricks out with chance {words[1]}")
 
     def batches(self):
-        """This process's batches from the current step on, without end."""
+        """This process's batches from the current step on, without end, made ahead of time by a worker process."""
         mine = slice(self.rank * self.s.batch // self.world, (self.rank + 1) * self.s.batch // self.world)
         flip = self.data.flip if self.s.flip is None else self.s.flip
-        stream = Stream(self.data, seed=self.s.seed, count=self.s.batch, mine=mine, flip=flip)
-        return torch.utils.data.DataLoader(stream, batch_size=None, sampler=itertools.count(self.step), num_workers=1,
+        batch = partial(self.data.batch, self.s.seed, count=self.s.batch, mine=mine, flip=flip)     # a function of the step
+        return torch.utils.data.DataLoader(range(self.step, 1 << 60), batch_size=None, collate_fn=batch, num_workers=1,
                                            prefetch_factor=8, worker_init_fn=ignore_signals,
                                            pin_memory=self.device.type == "cuda")
 
@@ -747,7 +728,7 @@ class Trainer:
         """One step of both optimizers and of the weight average. Returns whether any process was asked to stop."""
         s = self.s
         # The processes follow one clock and stop together: their average rides along with the gradients.
-        self.seconds, stop = share(self.parameters, [time.perf_counter() - self.began, float(len(self.stop))], self.world)
+        self.seconds, stop = share(self.parameters, [time.perf_counter() - self.began, float(self.stop)], self.world)
         sound = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite().item()
         self.unsound += not sound
         warm_up, decay = (progress + 1e-3) / 0.02, (1 - progress) / 0.4         # rises for a fiftieth, falls for the last 0.4
@@ -791,9 +772,8 @@ class Trainer:
         """Checkpoint, held-out loss and sample picture, by the first process."""
         if self.rank == 0:
             losses, sigma = held_out_loss(self.ema, self.diffusion, self.data, self.autocast)
-            settings = {k: v for k, v in vars(self.s).items() if k not in ("resume", "bench")}
-            self.model.info |= dict(step=self.step, images=self.step * self.s.batch, seconds=self.seconds, settings=settings,
-                                    unsound=self.unsound, useful=useful_levels(losses, sigma))
+            self.model.info |= dict(step=self.step, images=self.step * self.s.batch, seconds=self.seconds,
+                                    settings=vars(self.s), unsound=self.unsound, useful=useful_levels(losses, sigma))
             save_checkpoint(out / "checkpoint.pt", self.model, weights=self.ema.state_dict(), train=dict(
                 weights=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers], sums=self.sums))
             held_out = losses.mean(0).tolist()
@@ -808,7 +788,7 @@ class Trainer:
             out.mkdir(parents=True, exist_ok=True)
             self.open_logs(out)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self.stop.append(number))
+            signal.signal(number, lambda *_: setattr(self, "stop", True))
         with tqdm(initial=self.step, total=s.steps, unit="step", disable=self.rank > 0) as bar:
             for x0, labels in self.batches():
                 progress = self.step / s.steps if s.steps else self.seconds / (60 * s.minutes)
@@ -838,20 +818,22 @@ class Trainer:
     def bench(self, rounds=20):
         """A table of the time of a step, by precision, by share of regions, and without the bricks that most steps leave out. All
         cases take turns in random order, so that a slow moment of the machine is slow for all, and each step is followed by a
-        large matrix product, of whose speed it reaches a share."""
+        matrix product of 2048^3, the best of three, of whose speed it reaches a share."""
         batches, own, tokens, every = iter(self.batches()), self.fractions, image_tokens(self.config), [0.] * len(self.drops)
         cases = [("bf16", own, [float(chance > 0) for chance in self.drops])] if any(self.drops) else []
         cases += [("bf16", own, every), ("fp32", own, every)]
         cases += [("bf16", [min(1, times * min(tokens) / n) for n in tokens], every) for times in (2, 4)]
         contexts = {p: pick_precision(p, self.device) for p in ("bf16", "fp32")}
-        flops, rows = [], [[] for _ in cases]
+        square = torch.randn(2048, 2048, device=self.device)
+        squares, flops, rows = dict(bf16=square.bfloat16(), fp32=square), [], [[] for _ in cases]
         for i in range(rounds + 2):                                             # the first two count FLOPs and warm up
             for k in np.random.default_rng(i).permutation(len(cases)) if i else range(len(cases)):
                 (precision, self.fractions, self.drops), row, images = cases[k], rows[k], next(batches)
-                self.autocast = contexts[precision]
+                self.autocast, square = contexts[precision], squares[precision]
                 with nullcontext() if i else FlopCounterMode(display=False) as counter:
                     compute = timed(lambda: self.gradients(*images), self.device)
-                update, peak = timed(lambda: self.update(.5), self.device), large_product(self.device, precision)
+                update = timed(lambda: self.update(.5), self.device)
+                peak = 2 * 2048 ** 3 / min(timed(lambda: square @ square, self.device) for _ in range(3))
                 flops += [] if i else [counter.get_total_flops()]
                 row += [(compute, update, compute + update, peak)] if i > 1 else []
         print(f"\nmilliseconds a step of {self.s.batch} images: median (10% to 90%) of {rounds}, in random turns; share of the speed of a "
@@ -874,14 +856,13 @@ def main():
     if s.batch % world:
         raise ValueError(f"--batch {s.batch} cannot be shared by {world} processes: take a multiple of {world}")
     if world > 1 and s.device in ("auto", "cuda") and torch.cuda.is_available():
-        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(s.device)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))        # "cuda" now means this one
     if rank:
         sys.stdout = open(os.devnull, "w")              # one process speaks
     if s.out is None:
-        name = Path(s.dataset).stem
-        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        s.out = str(next(Path("runs") / n for n in names if not (Path("runs") / n / "checkpoint.pt").exists()))
+        name = Path(os.path.abspath(s.dataset)).stem                # so that "." and ".." have one
+        runs = (Path("runs", name + f"-{i}" * (i > 1)) for i in itertools.count(1))
+        s.out = str(next(run for run in runs if not (run / "checkpoint.pt").exists()))
     if not state and (Path(s.out) / "checkpoint.pt").exists():
         raise ValueError(f"{s.out} holds a run already: continue it with --resume {s.out}, or choose another --out")
     trainer = Trainer(s, state, rank, world)
