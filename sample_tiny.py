@@ -147,8 +147,8 @@ class Sampler:
         self.label = parse_label(a.label, self.model)
         if a.canvas != "ours":
             self.model = stretched(self.model, max(self.size) if a.canvas == "one" else 0)
-        self.settings = dict(steps=steps, sampler="euler" if a.sampler == "ddim" else a.sampler, churn=a.churn, clip=True,
-                             plain=a.canvas != "ours", guidance=a.guidance,
+        name = "euler" if a.sampler == "ddim" else a.sampler or self.diffusion.sampler
+        self.settings = dict(steps=steps, sampler=name, churn=a.churn, clip=True, plain=a.canvas != "ours", guidance=a.guidance,
                              skip=parse_skip(a.skip, self.model, self.diffusion.levels(steps)))
         self.flops = 0
         self.model.to(self.device)
@@ -202,7 +202,8 @@ def stages(sampler, columns=9):
 
     sampler.images([0], guide=watch)
     if not seen:
-        raise ValueError(f"--stages needs --size {sampler.model.config.size} or more: a smaller image is a shrunken one")
+        raise ValueError("--stages: no step works on {}x{} pixels, which are cut or enlarged from another canvas: take "
+                         "--size {}".format(*sampler.size, sampler.model.config.size))
     levels = sorted(seen, reverse=True)
     levels = [levels[round(i * (len(levels) - 1) / (columns - 1))] for i in range(columns)]
     print("noise levels " + ", ".join(f"{s:.3g}" for s in levels))
@@ -240,7 +241,7 @@ def bench(sampler, rounds=8):
             (skip, steps), sampler.flops = subsets[k], 0
             times[k].append(timed(lambda: sampler.images(range(n), skip=skip, steps=steps), device))
             flops[k] = sampler.flops / n
-    print(f"\n{n} images of {sampler.size[0]}x{sampler.size[1]}, {sampler.diffusion.sampler}: ms per image (10% to 90% of {rounds})\n"
+    print(f"\n{n} images of {sampler.size[0]}x{sampler.size[1]}, {sampler.settings['sampler']}: ms per image (10% to 90% of {rounds})\n"
           "skipped   steps  GFLOPs  time per image              FLOPs    time   time saved / FLOPs saved")
     for (skip, steps), row, count in zip(subsets, times, flops):
         whole = subsets.index(((), steps))

@@ -126,10 +126,11 @@ def test_stacks_are_read_and_mistakes_say_what_to_change():
             "take width 12": lambda: parse("8/2x1", width=10), "heads must be": lambda: parse("8/2x1", heads=0),
             "classes must be": lambda: parse("8/2x1", classes=-1), "cannot skip all 4": lambda: model(x, t, skip=range(4)),
             "cannot skip brick [4]": lambda: model(x, t, skip=[4]), "cannot skip brick [-1]": lambda: model(x, t, skip=[-1]),
+            "1 generators for 2": lambda: EDM().sample(model, (2, 3, 16, 16), generator=[generator(0)]),
             "needs labels": lambda: EDM().denoise(model, x, 1., guidance=2.),
             "no classes": lambda: Lego(replace(SMALL, classes=0))(x, t, torch.tensor([0])),
             "Missing key": lambda: load({name: w for name, w in weights.items() if "qkv" not in name}),
-            "Unexpected key": lambda: load(weights | {"extra": torch.zeros(1)}),
+            "Unexpected key": lambda: load(weights | {"model.7.pos_embed": torch.zeros(1)}),
             "position table differs": lambda: load(weights | {"model.0.pos_embed": torch.zeros(1, 4, 32)})}.items():
         with pytest.raises(ValueError, match=re.escape(said)):
             mistake()
@@ -585,10 +586,11 @@ def test_hostile_archives_are_refused_and_write_nothing(tmp_path, capsys):
                               link={link: "/etc/passwd"} | good, bomb={"a/x.png": bytes(300 << 20)}, claims=good,
                               noise=unreadable | {"a/z.png": good["a/0.png"][:40]}, mixed=unreadable | good).items():
         zip_of(tmp_path / f"{name}.zip", members)
-    data = bytearray((tmp_path / "claims.zip").read_bytes())
-    entry = data.index(b"PK\x01\x02")
-    data[entry + 24:entry + 28] = struct.pack("<I", 0xFFFFFFF0)                       # a member of 4 GB, says the directory
-    (tmp_path / "claims.zip").write_bytes(data)
+    for name, place, number in (("claims", 24, b"\xf0\xff\xff\xff"), ("mixed", 10, b"\x09\x00")):
+        data = bytearray((tmp_path / f"{name}.zip").read_bytes())
+        entry = data.index(b"PK\x01\x02") + place                                    # of the first member: 4 GB, says the
+        data[entry:entry + len(number)] = number                                      # directory; packed in a way unknown here
+        (tmp_path / f"{name}.zip").write_bytes(data)
     before = sorted(os.listdir(tmp_path))
     for name, word in zip(("up", "absolute", "link", "bomb", "claims", "noise"),
                           ["points out"] * 3 + ["hundred times"] * 2 + ["0 readable images"]):
@@ -908,7 +910,7 @@ BAD_SAMPLING = [(flags, flags.split()[0]) for flags in NAMED + (
     ("--skip 0,1,2", "cannot skip all"), ("--skip '0@0-1;1,2@.5-1'", "cannot skip all"), ("--skip 7", "bricks 0 to 2"),
     ("--skip 1@.5-.2", "must rise"), ("--label dragon", "dragon"), ("--ckpt README.md", "not a LEGO checkpoint"),
     ("--ckpt nowhere.pt", "nowhere.pt"), ("--out x.bmp", "x.bmp"), ("--out README.md/s.png", "README.md"),
-    ("--stages --bench", "not allowed with"), ("--stages --size 8", "--size 16 or more"),
+    ("--stages --bench", "not allowed with"), ("--stages --size 8", "take --size 16"),
     ("--eval landscapes --size 40x4", "40x4 are too small")]
 
 
