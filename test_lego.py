@@ -662,6 +662,8 @@ def test_downloads_resume_are_checked_and_say_where_to_put_the_file(tmp_path):
     path.write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged"):
         train_tiny.fetch("f.bin", digest, [], tmp_path)
+    path.rename(path.with_name("f.bin.part")).write_bytes(Server.data)                # stopped before its checksum was compared
+    assert train_tiny.fetch("f.bin", digest, [], tmp_path) == path
     path.unlink()
     for place in (f"{url}/error/", f"{url}/broken/", "http://127.0.0.1:9/"):
         with pytest.raises(ValueError, match=f"put it at {re.escape(str(path))}"):
