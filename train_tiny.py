@@ -185,7 +185,7 @@ def fetch(name, sha256, urls, folder, opener=open):
             return False
 
     if part.exists() and matches(part):             # a download that was stopped between its last byte and the check
-        part.replace(path)
+        return part.replace(path)
     if path.exists():
         if matches(path):
             return path
@@ -205,8 +205,7 @@ def fetch(name, sha256, urls, folder, opener=open):
             if part.stat().st_size < whole:
                 raise OSError("the connection broke off")
             if matches(part):
-                part.replace(path)
-                return path
+                return part.replace(path)
             part.unlink()
             reasons.append(f"{url}: wrong checksum")
         except (OSError, ValueError, HTTPException) as error:                   # URLError is an OSError
