@@ -77,7 +77,7 @@ class LegoConfig:
     residual: a brick adds a correction to z (ours) rather than replacing z.
     detach: no gradient flows from a brick back through z (ours), so each brick's loss trains that brick alone.
     stretch: coordinates are stretched over any canvas (released code); ours keeps those seen in training, see `Brick`.
-    gelu: "tanh" (released code) or "none", the exact one (ours), which is four times faster on a CPU in bfloat16.
+    gelu: "tanh" (released code) or "none", the exact one (ours), two to four times faster on a CPU in bfloat16.
     time_scale: the Fourier features see c_noise times this; at 1 (released code) noise levels look much alike, at 4 (ours,
     which makes it ln sigma) training is faster from the start."""
     bricks: tuple
@@ -185,8 +185,10 @@ def time_features(t):
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v for q, k, v (..., N, d); mask (..., N, N) is True where a token may look."""
     # The fused kernel pays on accelerators and for long sequences. On a CPU in bfloat16 its backward pass is ten times
-    # slower than these three lines at the 16 to 256 tokens of a region, and its forward pass slower at fewer than 32.
-    if q.device.type != "cpu" or q.shape[-2] > (256 if torch.is_grad_enabled() else 32):
+    # slower than these three lines at the 16 to 256 tokens of a region, and its forward pass slower at fewer than 32. On CUDA it
+    # takes at most 65,535 regions.
+    fused = q.shape[-2] > (256 if torch.is_grad_enabled() else 32) if q.device.type == "cpu" else len(q) < 1 << 16
+    if fused:
         return scaled_dot_product_attention(q, k, v, mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:
@@ -307,7 +309,7 @@ class Brick(nn.Module):
         z, inputs = pixels[..., :C].flatten(3), pixels[..., C if self.first else 0:].flatten(3)[:, chosen]
         mask = None if mask is None else mask[chosen]
         R, N = inputs.shape[1:3]
-        # Without gradients the regions go through in chunks: memory is bounded by the chunk, not by the canvas.
+        # Without gradients the regions go through in chunks: memory for tokens is bounded by the chunk, not by the canvas.
         size = R if torch.is_grad_enabled() else max(1, CHUNK["cpu" if x.device.type == "cpu" else "gpu"] // (B * N))
         masks = repeat(None) if mask is None else mask.split(size)
         new = torch.cat([self.correction(part, c, m) for part, m in zip(inputs.split(size, 1), masks)], 1)
@@ -402,8 +404,8 @@ S_MIN, S_MAX, S_NOISE = 0.05, 10.0, 1.003       # where and how churn acts: the 
 
 
 def generator(*key):
-    """A CPU random generator for any key, such as (seed, image): the same draws on every device. torch's own seeding uses
-    32 bits, in which neighbouring seeds of seeds would collide, so the key is hashed."""
+    """A CPU random generator for any key, such as (seed, image): the same draws on every device. It keeps only 32 bits of
+    a seed; hashing keeps neighbouring keys apart."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
@@ -465,7 +467,8 @@ class Diffusion:
         out = model(c_in * x, c_noise.flatten(), labels, skip=skip, return_all=True, regions=regions)
         errors = torch.stack([((F - target).square() * weights[k]).mean((1, 2, 3)) for k, F in zip(kept, out)], 1)    # (B, run)
         losses = torch.full((B, K), torch.nan, device=device)
-        losses[:, kept] = errors.detach()
+        for k, column in zip(kept, errors.detach().unbind(1)):              # an index made of a list would wait for the GPU
+            losses[:, k] = column
         # Over K and not over the bricks run, so that a dropped brick does not change what the others learn.
         return errors.mean(0).sum() / K if supervise_all else errors[:, -1].mean(), losses, sigma
 
@@ -503,9 +506,9 @@ class Diffusion:
         Canvases other than the training size (ours; measured in the README). Height decides the scale. The scene is sampled at
         the training height, as wide as the canvas asks; a width beyond one training image goes round like a panorama, with the
         grid of regions shifted sideways at every step so that no seam stays. It is then enlarged in steps of at most two, and
-        each time noise of level `refine` is added and removed by the last steps of the same walk, with the grid shifted both
-        ways, so that neither regions nor patches leave their mark. A lower canvas is a shrunken one, a narrower canvas the
-        middle of a full one. plain: none of this, but one walk over the whole canvas with the grid in place."""
+        each time noise of the highest level of the walk up to `refine` is added and removed by the steps from there on, with
+        the grid shifted both ways, so that neither regions nor patches leave their mark. A lower canvas is a shrunken one, a
+        narrower canvas the middle of a full one. plain: none of this, but one walk over the whole canvas, the grid in place."""
         (B, C, H, W), size, device = shape, model.config.size, next(model.parameters()).device
         sampler, steps = sampler or self.sampler, steps or self.steps
         if sampler not in SAMPLERS:
@@ -514,15 +517,15 @@ class Diffusion:
         joins = next(i for i, sigma in enumerate(sigmas) if sigma <= refine)
         (h, w), *larger = [(H, W)] if plain else canvases(size, H, W)
         done, total = count(1), steps + (steps - joins) * sum(height > size for height, _ in larger)
+        # Strides without a common divisor with the size lead the grid through every phase of the regions and patches, so that no
+        # seam stays in place, and need no random numbers.
+        strides = [next(n for n in count(least) if math.gcd(n, size) == 1) for least in (size // 3, size * 2 // 5)]
 
         def walk(x, start, down, across):
             """From x at level sigmas[start] to a clean image, the grid shifting down, across, both or not at all."""
             for i in range(start, steps):
                 sigma, lower = sigmas[i], sigmas[i + 1]
-                # Strides of an odd number of pixels lead the grid through every phase of the patches, so that no seam stays
-                # in place, and need no random numbers.
-                turn = i - start + 1
-                offset = turn * (2 * (size // 6) + 1) % size * down, turn * (2 * (size // 5) + 1) % size * across
+                offset = tuple((i - start + 1) * n % size * shifts for n, shifts in zip(strides, (down, across)))
                 skipped = skip(i / steps) if callable(skip) else skip
 
                 def estimate(x, sigma):

@@ -1,6 +1,7 @@
 """Sample from a trained LEGO stack: `python sample_tiny.py --skip 2,3 --size 64`; --help lists the rest.
 
-Image i of a seed has its own random generator, so it is the same picture whatever the number of images or the batch.
+Image i of a seed has its own random generator, so it is the same picture, but for rounding, whatever the number of images or
+the batch.
 
 SPDX-License-Identifier: MIT
 """

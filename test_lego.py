@@ -643,14 +643,13 @@ def test_muon_orthogonalises_the_momentum():
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves `data` on loopback, with ranges; a path under /broken stops half-way, under /error it is an error page."""
     data, ranges = np.random.default_rng(0).bytes(200_000), []
-    log_message = lambda *_: None
 
     def do_GET(self):
         place, data, start = self.path.split("/")[1], self.data, int(self.headers["Range"][6:-1])
         self.ranges.append(start)
         if place == "error":
             data, start = b"<html>busy</html>", 0
-        self.send_response(200 if place == "error" else 206)
+        self.send_response(200 if place == "error" else 206 if start < len(data) else 416)
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         self.wfile.write(data[start:start + 1000] if place == "broken" else data[start:])
@@ -666,9 +665,11 @@ def test_downloads_resume_are_checked_and_say_where_to_put_the_file(tmp_path):
     path.write_bytes(b"x")
     with pytest.raises(ValueError, match="damaged"):
         train_tiny.fetch("f.bin", digest, [], tmp_path)
-    path.rename(path.with_name("f.bin.part")).write_bytes(Server.data)                # stopped before its checksum was compared
-    assert train_tiny.fetch("f.bin", digest, [], tmp_path) == path
-    path.unlink()
+    part = path.rename(path.with_name("f.bin.part"))
+    for content, places in ((Server.data, []), (Server.data[::-1], 2 * [f"{url}/good/"])):  # stopped before the check; damaged
+        part.write_bytes(content)
+        assert train_tiny.fetch("f.bin", digest, places, tmp_path) == path and path.read_bytes() == Server.data
+        path.unlink()
     for place in (f"{url}/error/", f"{url}/broken/", "http://127.0.0.1:9/"):
         with pytest.raises(ValueError, match=f"put it at {re.escape(str(path))}"):
             train_tiny.fetch("f.bin", digest, [place], tmp_path)
@@ -756,6 +757,8 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, kills):
     steps = [[line.split(",")[:2] + line.split(",")[3:] for line in (tmp_path / name / "log.csv").read_text().splitlines()]
              for name in ("whole", "broken")]                                         # all but the seconds
     assert steps[0] == steps[1] and len(steps[0]) == 10 * kills + 1 and not list(run.glob(".*"))
+    held = [int(line.split(",")[0]) for line in (run / "held_out.csv").read_text().splitlines()[1:]]
+    assert held == sorted(set(held)) and held[-1] == 200 * kills
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
@@ -775,11 +778,12 @@ def test_a_batch_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
     trainer = train_tiny.Trainer(*train_tiny.read_flags(), 0, 1)
     images, labels = trainer.data.batch(0, 0, 8)
     for step, bad in enumerate([False, True, False]):
-        kept = lambda: trainer.parameters + [v for o in trainer.optimizers for p in o.state.values() for v in p.values()]
+        state = lambda: [v for o in trainer.optimizers for p in o.state.values() for v in p.values()]
+        kept = lambda: trainer.parameters + trainer.averages + state()
         before = [t.clone() for t in kept()]
         trainer.advance(torch.full_like(images, torch.nan) if bad else images, labels, step / 5)
         assert (len(before) == len(kept()) and all(map(torch.equal, before, kept()))) == bad
-        assert all(t.isfinite().all() for t in kept() + trainer.averages) and not any(t.requires_grad for t in trainer.averages)
+        assert all(t.isfinite().all() for t in kept()) and not any(t.requires_grad for t in trainer.averages)
     assert trainer.unsound == 1 and trainer.step == 3 and trainer.sums.isfinite().all() and trainer.sums[1, 0] == 16
 
 
@@ -951,9 +955,7 @@ def test_bricks_that_repeat_train_less():
 NOTEBOOK = HERE / "walkthrough.ipynb"
 RUN_CELLS = """
 import ast, json, sys
-sys.path.insert(0, ".")
 def display(thing):
-    "Ask for what Jupyter would show."
     shown = [getattr(thing, name)() for name in ("_repr_png_", "_repr_svg_", "_repr_markdown_") if hasattr(thing, name)]
     assert thing is None or any(shown) or repr(thing)
 for i, cell in enumerate(c for c in json.load(open(sys.argv[1]))["cells"] if c["cell_type"] == "code"):
@@ -974,8 +976,7 @@ h, c, TimeNormBlock.label = torch.randn(4, 2, 16, 64), torch.zeros(4, 64), torch
 for kind, sees_time in ((TimeNormBlock, True), (NoTimeBlock, False)):
     block, TimeNormBlock.tau = kind(SMALL), 1.
     assert torch.equal(block(h, c), h)                                      # its gates are closed
-    for p in block.parameters():
-        torch.nn.init.normal_(p, std=.1)
+    [torch.nn.init.normal_(p, std=.1) for p in block.parameters()]
     before, TimeNormBlock.tau = block(h, c), -1.
     assert torch.equal(block(h, c), before) != sees_time
 patchwise, other = Codec(4, encoder=0, decoder=0), x.clone()

@@ -2,7 +2,7 @@
 
 The file has three parts: data sets (built-in landscapes, CIFAR-10, Fashion-MNIST, any folder or zip of images), pictures and
 command line (shared with sample_tiny.py), and training. Every random draw comes from (seed, step), so a resumed run is the
-run that never stopped, and the ranks of `torchrun` share one global batch.
+run that never stopped (bit for bit on a CPU), and the ranks of `torchrun` share one global batch.
 
 SPDX-License-Identifier: MIT
 """
@@ -56,8 +56,9 @@ WAVES = [n / PERIOD for n in (2, 4, 7, 12, 20, 32, 50, 76)]   # ridge frequencie
 def landscapes(seed, indices, H, W):
     """Scenes `indices` of the endless data set `seed`: uint8 (n, H, W, 3) and labels (n,), which are index modulo 4.
 
-    Distances are in units of the height, so a scene has the same content at any H, and a larger W shows more of it. Scenes are
-    stationary sideways. Edges are antialiased by coverage: a pixel is covered in proportion to its distance from the edge."""
+    Distances are in units of the height, so a scene has the same content at any H, and a larger W shows more of it. Every two
+    heights have their sun or moon, which keeps clear of their ends. Edges are antialiased by coverage: a pixel is covered in
+    proportion to its distance from the edge."""
     labels = np.asarray(indices) % 4
     random = np.stack([np.random.default_rng([seed, i]).random(400) for i in indices]).astype(np.float32)[:, :, None]   # (n, 400, 1)
     used = itertools.count()
@@ -209,6 +210,8 @@ def fetch(name, sha256, urls, folder, opener=open):
             part.unlink()
             reasons.append(f"{url}: wrong checksum")
         except (OSError, ValueError, HTTPException) as error:                   # URLError is an OSError
+            if getattr(error, "code", None) == 416:                             # nothing comes after this part: it is too long
+                part.unlink()
             reasons.append(f"{url}: {error}")
     raise ValueError(f"cannot download {name} ({'; '.join(reasons)}). Get it elsewhere and put it at {path}")
 
@@ -282,7 +285,8 @@ def read_image(data, size):
 
 def read_folder(path, size):
     """A Data set from a folder or a zip of images: the class is the name of the folder an image lies in. The last tenth of each
-    class is held out. Files that cannot be read are skipped and counted; the images are never written anywhere."""
+    class is held out; with fewer than ten images in every class nothing is, which is said, and the training images stand in.
+    Files that cannot be read are skipped and counted; the images are never written anywhere."""
     def files():                                                              # (name, function that opens the file)
         if path.is_dir():
             for file in sorted(path.rglob("*")):
@@ -325,7 +329,10 @@ def read_folder(path, size):
         for part, chosen in zip(parts, (group[:cut], group[cut:])):
             part.append((chosen, np.full(len(chosen), label)))
     train, held_out = (tuple(np.concatenate(p) for p in zip(*part)) for part in parts)
-    return Data(path.stem, classes, channels, True, size, train, held_out if len(held_out[0]) else train)
+    if not len(held_out[0]):
+        print("no class has ten images, so that none is held out: held-out losses are those of training images")
+        held_out = train
+    return Data(path.stem, classes, channels, True, size, train, held_out)
 
 
 def load_data(name, folder, size):
@@ -472,8 +479,8 @@ def read_flags():
     flag(p, "--without", "", "to compare, train without some of our choices, comma separated: " + ", ".join(CHOICES))
     flag(p, "--size", 32, "height and width of the training images", type=int)
     flag(p, "--objective", "edm", "edm or ddpm", choices=list(OBJECTIVES))
-    flag(budget, "--steps", None, "budget in optimizer steps", type=int)
-    flag(budget, "--minutes", None, "budget in minutes (default: 10, when --steps is not given either)", type=float)
+    flag(budget, "--steps", None, "budget in optimizer steps, those before --resume included", type=int)
+    flag(budget, "--minutes", None, "budget in minutes, likewise (default: 10, when --steps is not given either)", type=float)
     flag(p, "--batch", 32, "images per step, over all processes", type=int)
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
     flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number, or one per brick, comma "
@@ -489,7 +496,7 @@ def read_flags():
     flag(p, "--save-minutes", 2.0, "minutes between checkpoints with a sample picture", type=float)
     flag(p, "--device", "auto", "auto, cpu, cuda, mps")
     flag(p, "--precision", "auto", "auto, fp32 or bf16", choices=["auto", "fp32", "bf16"])
-    flag(p, "--compile", False, "compile the bricks with torch.compile", action="store_true")
+    flag(p, "--compile", False, "compile the Transformer blocks with torch.compile", action="store_true")
     flag(p, "--seed", 0, "seed of everything random", type=int)
     flag(p, "--bench", False, "only measure the speed of a step", action="store_true")
     s, state = p.parse_args(), None
@@ -579,7 +586,9 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(p.shape, []).append(p)
             for shape, same in shapes.items():
                 grads = [p.grad for p in same]
-                averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in same]
+                for p in same:
+                    self.state[p] or self.state[p].update(momentum_buffer=torch.zeros_like(p))
+                averages = [self.state[p]["momentum_buffer"] for p in same]
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
                 x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"])).bfloat16()      # (n, rows, columns)
                 x = x.mT if shape[0] > shape[1] else x
@@ -668,7 +677,12 @@ class Trainer:
         self.autocast = pick_precision(s.precision, self.device)
         if world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local:                       # the first process of a machine downloads, the others then find the files
+            dist.barrier()
         self.data = load_data(s.dataset, s.data_dir, s.size)
+        if world > 1 and not local:
+            dist.barrier()
         self.config = state["config"] if state else make_config(s, self.data)
         self.fractions, self.drops = shares(s, self.config)
         self.diffusion = OBJECTIVES[s.objective]()
@@ -693,7 +707,7 @@ class Trainer:
                 self.sums = state["train"]["sums"].to(self.device)
             except (RuntimeError, KeyError, TypeError) as error:
                 raise ValueError(f"the checkpoint in {s.resume} does not hold a whole run of this stack ({error})") from error
-        if s.compile:               # the blocks only: they share their code, so that compiling takes a minute, not one a brick
+        if s.compile:               # the blocks only: they share their code, which is then compiled once, not once a brick
             for block in itertools.chain.from_iterable(brick.blocks for brick in self.model.bricks):
                 block.compile()
         self.began, self.stop = time.perf_counter() - self.seconds, False       # stop: a signal asked for it
@@ -739,7 +753,8 @@ class Trainer:
             optimizer.zero_grad()
         self.step += 1
         half_life = min(s.ema_images, 0.05 * self.step * s.batch)               # as in the released code
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - 0.5 ** (s.batch / half_life))
+        if sound:
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - 0.5 ** (s.batch / half_life))
         return stop > 0
 
     def advance(self, x0, labels, progress):
@@ -773,16 +788,16 @@ class Trainer:
             losses, sigma = held_out_loss(self.ema, self.diffusion, self.data, self.autocast)
             self.model.info |= dict(step=self.step, images=self.step * self.s.batch, seconds=self.seconds,
                                     settings=vars(self.s), unsound=self.unsound, useful=useful_levels(losses, sigma))
+            held_out = losses.mean(0).tolist()
+            self.log(out / "held_out.csv", held_out)            # first: what is ahead of the checkpoint is cut when resumed
             save_checkpoint(out / "checkpoint.pt", self.model, weights=self.ema.state_dict(), train=dict(
                 weights=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers], sums=self.sums))
-            held_out = losses.mean(0).tolist()
-            self.log(out / "held_out.csv", held_out)
             save_picture(sample_sheet(self.ema, self.diffusion, self.autocast), out / f"samples-{self.step:07d}.png")
             tqdm.write(f"step {self.step}, {self.seconds / 60:.1f} min: held-out loss " + ", ".join(f"{h:.4f}" for h in held_out))
 
     def fit(self, out):
         """Train until the budget is spent or a signal comes."""
-        s, saved, first, stopped = self.s, self.seconds, self.step, False
+        s, saved, saved_step, stopped = self.s, self.seconds, self.step, False
         if self.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             self.open_logs(out)
@@ -804,8 +819,8 @@ class Trainer:
                                         f"{left / 60:.1f} min left")
                 if self.seconds - saved > 60 * s.save_minutes:
                     self.save(out)
-                    saved = time.perf_counter() - self.began                    # counted from the end of this one
-        if self.step > first:
+                    saved, saved_step = time.perf_counter() - self.began, self.step         # counted from the end of this one
+        if self.step > saved_step:
             self.save(out)
         rate = self.step * s.batch / max(self.seconds, 1e-9)
         print(f"{'stopped' if stopped else 'done'} at step {self.step} after {self.seconds:.0f} s, {rate:.0f} images/s, peak memory "
