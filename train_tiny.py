@@ -211,7 +211,7 @@ def fetch(name, sha256, urls, folder, opener=open):
             reasons.append(f"{url}: wrong checksum")
         except (OSError, ValueError, HTTPException) as error:                   # URLError is an OSError
             if getattr(error, "code", None) == 416:                             # nothing comes after this part: it is too long
-                part.unlink()
+                part.unlink(missing_ok=True)
             reasons.append(f"{url}: {error}")
     raise ValueError(f"cannot download {name} ({'; '.join(reasons)}). Get it elsewhere and put it at {path}")
 
@@ -587,7 +587,8 @@ class Muon(torch.optim.Optimizer):
             for shape, same in shapes.items():
                 grads = [p.grad for p in same]
                 for p in same:
-                    self.state[p] or self.state[p].update(momentum_buffer=torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 averages = [self.state[p]["momentum_buffer"] for p in same]
                 torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
                 x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"])).bfloat16()      # (n, rows, columns)
@@ -677,11 +678,11 @@ class Trainer:
         self.autocast = pick_precision(s.precision, self.device)
         if world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        if local:                       # the first process of a machine downloads, the others then find the files
+        first = os.environ.get("LOCAL_RANK", "0") == "0"        # on this machine: it downloads, the others then find the files
+        if world > 1 and not first:
             dist.barrier()
         self.data = load_data(s.dataset, s.data_dir, s.size)
-        if world > 1 and not local:
+        if world > 1 and first:
             dist.barrier()
         self.config = state["config"] if state else make_config(s, self.data)
         self.fractions, self.drops = shares(s, self.config)
