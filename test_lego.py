@@ -42,6 +42,7 @@ from lego import (DDPM, EDM, PRESETS, BrickSpec, Diffusion, Lego, LegoConfig, ca
 
 HERE = Path(__file__).parent
 SMALL = LegoConfig.parse("16/4x2 8/4x1 8/2x1 4/2x1", width=16, heads=2, classes=3)
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 def filled(config, seed=0):
@@ -290,21 +291,22 @@ def test_edm_coefficients_satisfy_their_identities():
 
 
 @pytest.mark.parametrize("diffusion", [EDM(), DDPM()])
-def test_loss_is_the_formula_for_the_chosen_regions_and_bricks(diffusion):
-    model, x0, noise = filled(SMALL), rand(4, 3, 16, 16) * .5, rand(4, 3, 16, 16, seed=3)
-    sigma, fractions = torch.tensor([.1, .5, 1., 4.]), [1, .5, .25, .125]
-    loss = lambda **how: diffusion.loss(model, x0, torch.arange(4), sigma=sigma, noise=noise, generator=generator(1), **how)
+@pytest.mark.parametrize("device", DEVICES)
+def test_loss_is_the_formula_for_the_chosen_regions_and_bricks(diffusion, device):
+    model, x0, noise = (part.to(device) for part in (filled(SMALL), rand(4, 3, 16, 16) * .5, rand(4, 3, 16, 16, seed=3)))
+    sigma, fractions, y = torch.tensor([.1, .5, 1., 4.], device=device), [1, .5, .25, .125], torch.arange(4, device=device)
+    loss = lambda **how: diffusion.loss(model, x0, y, sigma=sigma, noise=noise, generator=generator(1), **how)
     scalar, losses, used = loss(region_fraction=fractions)
     point, s = torch.rand(2, generator=generator(1)) * 16, sigma.view(-1, 1, 1, 1)
     weight = (s ** 2 + .25) / (s * .5) ** 2 if isinstance(diffusion, EDM) else s ** -2                  # lambda(sigma)
     c_skip, c_out, c_in, _ = diffusion.coefficients(s)
-    label = torch.cat([model.label.weight.T, torch.zeros(1, 16)]) + model.label.bias                    # 3 is "no label"
+    label = torch.cat([model.label.weight.T, x0.new_zeros(1, 16)]) + model.label.bias                   # 3 is "no label"
     x, z, c, expected = x0 + s * noise, torch.zeros_like(x0), silu(model.time(time_features(sigma.log())) + label), []
     for k, brick in enumerate(model.bricks):
         side, count = brick.spec.region, (16 // brick.spec.region) ** 2
         middles = [((i // (16 // side) + .5) * side, (i % (16 // side) + .5) * side) for i in range(count)]
         apart = [max(min(abs(m - p), 16 - abs(m - p)) for m, p in zip(middle, point)) for middle in middles]
-        chosen = torch.tensor(sorted(range(count), key=lambda i: apart[i])[:round(fractions[k] * count)])
+        chosen = torch.tensor(sorted(range(count), key=lambda i: apart[i])[:round(fractions[k] * count)], device=device)
         z = brick(c_in * x, z, c, chosen)
         error = weight * (c_skip * x + c_out * z - x0) ** 2
         expected.append(patchify(error, side, brick.spec.patch)[:, chosen].mean((1, 2, 3)))
@@ -448,14 +450,12 @@ def test_checkpoints_round_trip_and_nothing_else_is_opened(tmp_path):
     assert again.config == SMALL and again.info == model.info and not again.training
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
     whole = path.read_bytes()
-
     def interrupted(file):                                                            # a shell's background job gets no SIGINT
         file.write(b"half")
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         lego.write_aside(path, interrupted)
     assert path.read_bytes() == whole and os.listdir(tmp_path) == ["c.pt"]
-
     class Hostile:
         def __reduce__(self):
             return Path.touch, (tmp_path / "owned",)

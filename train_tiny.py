@@ -717,11 +717,13 @@ class Trainer:
         print(f"training on the share {words[0]} of each brick's regions, leaving bricks out with chance {words[1]}")
 
     def batches(self):
-        """This process's batches from the current step on, without end, made ahead of time by a worker process."""
+        """This process's batches from the current step on, without end, made ahead of time by worker processes: one keeps a CPU
+        busy, but a GPU is faster than one can draw landscapes."""
         mine = slice(self.rank * self.s.batch // self.world, (self.rank + 1) * self.s.batch // self.world)
         flip = self.data.flip if self.s.flip is None else self.s.flip
         batch = partial(self.data.batch, self.s.seed, count=self.s.batch, mine=mine, flip=flip)     # a function of the step
-        return torch.utils.data.DataLoader(range(self.step, 1 << 60), batch_size=None, collate_fn=batch, num_workers=1,
+        return torch.utils.data.DataLoader(range(self.step, 1 << 60), batch_size=None, collate_fn=batch,
+                                           num_workers=1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1),
                                            prefetch_factor=8, worker_init_fn=ignore_signals,
                                            pin_memory=self.device.type == "cuda")
 
