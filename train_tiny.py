@@ -1,8 +1,8 @@
-"""Train a LEGO stack on one GPU or CPU: `python train_tiny.py` draws landscapes; --help lists the rest.
+"""Train a LEGO stack on one GPU or CPU: `python train_tiny.py`; --help lists the flags.
 
-The file has three parts: data sets (built-in landscapes, CIFAR-10, Fashion-MNIST, any folder or zip of images), pictures and
-command line (shared with sample_tiny.py), and training. Every random draw comes from (seed, step), so a resumed run is the
-run that never stopped (bit for bit on a CPU), and the ranks of `torchrun` share one global batch.
+The file has three parts: data sets, pictures and the command line (which sample_tiny.py
+shares), and training. Every random draw comes from (seed, step). A resumed run is therefore
+the run that never stopped (bit for bit on a CPU), and processes can share a batch.
 
 SPDX-License-Identifier: MIT
 """
@@ -13,12 +13,10 @@ import ctypes
 import gzip
 import hashlib
 import io
-import itertools
 import math
 import os
 import signal
 import stat
-import struct
 import sys
 import tarfile
 import time
@@ -26,11 +24,12 @@ import traceback
 import urllib.request
 import zipfile
 import zlib
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from http.client import HTTPException
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -39,91 +38,129 @@ from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lego import OBJECTIVES, PRESETS, Lego, LegoConfig, generator, read_checkpoint, save_checkpoint, write_aside
+from lego import (EDM, OBJECTIVES, PRESETS, Block, Lego, LegoConfig, generator, read_checkpoint,
+                  save_checkpoint, write_aside)
 
-# ---- Data sets: landscapes -------------------------------------------------------------------------------------------
+# ---- Built-in landscapes -------------------------------------------------------------
 
 LANDSCAPES = ["day", "sunset", "night", "winter"]
-PALETTES = np.array([   # sky above, sky below, sun or moon, far ridge, near ridge: RGB in [0, 1], a row for each class
+# RGB for each class: the sky above and below, the sun or moon, the far and the near ridge.
+PALETTES = np.array([
     [(.22, .47, .88), (.76, .89, 1.), (1., .96, .74), (.52, .64, .76), (.13, .38, .16)],
     [(.27, .20, .50), (1., .55, .27), (1., .87, .50), (.60, .32, .40), (.14, .07, .16)],
     [(.01, .02, .09), (.09, .14, .32), (.96, .95, .86), (.12, .16, .30), (.02, .03, .07)],
-    [(.50, .63, .80), (.90, .93, .96), (1., .98, .88), (.60, .68, .79), (.27, .35, .44)]], np.float32)
-PERIOD = 8              # a scene repeats sideways after this many times its height
-WAVES = [n / PERIOD for n in (2, 4, 7, 12, 20, 32, 50, 76)]   # ridge frequencies, per height
+    [(.50, .63, .80), (.90, .93, .96), (1., .98, .88), (.60, .68, .79), (.27, .35, .44)],
+], np.float32)
+PERIOD = 8      # A scene repeats sideways after this many times its height.
+WAVES = np.array([2, 4, 7, 12, 20, 32, 50, 76], np.float32)[:, None]    # per period
+RIDGES = [(.48, .24), (.32, .17), (.15, .08)]       # altitude and height, from far to near
 
 
 def landscapes(seed, indices, H, W):
-    """Scenes `indices` of the endless data set `seed`: uint8 (n, H, W, 3) and labels (n,), which are index modulo 4.
+    """Draw the scenes `indices` of the endless data set `seed`.
 
-    Distances are in units of the height, so a scene has the same content at any H, and a larger W shows more of it. Every two
-    heights have their sun or moon, which keeps clear of their ends. Edges are antialiased by coverage: a pixel is covered in
-    proportion to its distance from the edge."""
-    labels = np.asarray(indices) % 4
-    random = np.stack([np.random.default_rng([seed, i]).random(400) for i in indices]).astype(np.float32)[:, :, None]   # (n, 400, 1)
-    used = itertools.count()
-    draw = lambda low=0., high=1.: low + (high - low) * random[:, next(used)]                         # (n, 1)
-    y = (1 - (np.arange(H)[None, :, None] + .5) / H).astype(np.float32)                               # (1, H, 1), up
-    x = ((np.arange(W)[None, :] + .5) / H).astype(np.float32)                                         # (1, W)
-    covers = lambda distance: np.clip(distance * H + .5, 0, 1)[..., None]                             # to (n, H, W, 1)
-
-    colours = PALETTES[labels] + .07 * (np.concatenate([draw() for _ in range(15)], 1).reshape(-1, 5, 3) - .5)
-    colours = (colours * (.85 + .3 * draw()[:, :, None]))[:, :, None, None]                            # (n, 5, 1, 1, 3)
-    above, below, disc, far, near = colours.transpose(1, 0, 2, 3, 4)
-    image = below + (above - below) * (y[..., None] * draw(1., 1.4)[..., None, None] - .25).clip(0, 1)
-
-    blur = math.hypot(.012, .4 / H)                                                                    # stars, at night
-    sx, sy, glow = random[:, 160:240, 0] * PERIOD, random[:, 240:320, 0], random[:, 320:400]           # (n, 80)
-    apart = (x[:, None] - sx[:, :, None] + PERIOD / 2) % PERIOD - PERIOD / 2                           # (n, 80, W)
-    rows = np.exp(-(y[:, None, :, 0] - sy[:, :, None]) ** 2 / (2 * blur ** 2)) * glow                  # (n, 80, H)
-    stars = rows.transpose(0, 2, 1) @ np.exp(-apart ** 2 / (2 * blur ** 2)) * (1.6 * (.012 / blur) ** 2)
-    image = image + (1 - image) * np.clip(stars, 0, 1)[..., None] * (labels == 2)[:, None, None, None]
-    for cell in range(4):                                                       # a sun or moon for every 2 heights sideways
-        sx, sy, radius = (cell + draw(.15, .85)) * 2, draw(.55, .9), draw(.07, .12)
-        apart = (x - sx + PERIOD / 2) % PERIOD - PERIOD / 2
-        distance = np.hypot(apart[:, None], y - sy[:, :, None])                                        # (n, H, W)
-        image = image + (disc - image) * np.exp(-(distance / .22) ** 2)[..., None] * .45
-        image = image + (disc - image) * covers(radius[:, :, None] - distance)
-
-    for layer, (base, height) in enumerate([(.48, .24), (.32, .17), (.15, .08)]):                     # ridges, far to near
-        base, ridge, line = draw(base - .05, base + .05), 0, 0
-        for f in WAVES:
-            strength, phase = draw(.4, 1.) * (f * PERIOD / 2) ** -.75, draw()
-            wave = np.abs(np.sin(np.pi * (f * x + phase))) if layer < 2 else .5 * np.sin(2 * np.pi * (f * x + phase)) + .5
-            ridge = ridge + strength * (.5 - wave)                            # |sin| turned over: pointed peaks
-            line = line + strength * (.5 - wave) * np.cos(7 * phase)          # a second, related line: where snow begins
-        ridge = base + height * ridge
-        colour = far + (near - far) * layer / 2
-        haze = np.clip((ridge[:, None] - y) * 1.5, 0, .5)[..., None] * (1 - layer / 3)
-        ground = colour + (below - colour) * haze
-        snow = covers(y - (base - .02 + .5 * height * line)[:, None]) * (labels == 3)[:, None, None, None] * (layer < 2)
-        ground = ground + (.97 - ground) * snow
-        image = image + (ground - image) * covers(ridge[:, None] - y)
-    return (image.clip(0, 1) * 255 + .5).astype(np.uint8), labels
+    Returns uint8 images (n, H, W, 3) and labels (n,), which are the index modulo 4. A scene
+    has the same content at any height H, and a larger width W shows more of it."""
+    images = np.stack([landscape(seed, index, H, W) for index in indices])
+    return images, np.asarray(indices) % 4
 
 
-# ---- Data sets: files ------------------------------------------------------------------------------------------------
+def landscape(seed, index, H, W):
+    numbers = np.random.default_rng([seed, index]).random(400).astype(np.float32)
+    kind = LANDSCAPES[index % 4]
+    y = (1 - (np.arange(H)[:, None] + .5) / H).astype(np.float32)       # upwards, in heights
+    x = ((np.arange(W) + .5) / H).astype(np.float32)
+    colours = PALETTES[index % 4] + .07 * (numbers[:15].reshape(5, 3) - .5)
+    colours = colours * (.85 + .3 * numbers[15])
+    above, below, disc, far, near = colours[:, :, None, None]           # (3, 1, 1) each
 
-CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-CIFAR10_FILE = ("cifar-10-binary.tar.gz", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9dddda3db29a59bca1dd")     # sha256
-CIFAR10_URLS = ["https://www.cs.toronto.edu/~kriz/", "https://cave.cs.toronto.edu/kriz/"]
-FASHION = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-FASHION_FILES = {           # sha256 of what the .gz files hold, since Debian's are compressed anew
-    "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"}
-FASHION_URLS = ["https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"]
-FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+    image = blend(below, above, (y * (1 + .4 * numbers[16]) - .25).clip(0, 1))
+    if kind == "night":
+        image = blend(image, 1, stars(numbers[160:], x, y))
+    image = add_suns(image, numbers[17:29], disc, x, y)
+    for layer, ridge in enumerate(numbers[29:80].reshape(3, 17)):
+        top, snow_line = outlines(ridge, layer, x)
+        haze = np.clip((top - y) * 1.5, 0, .5) * (1 - layer / 3)
+        ground = blend(far + (near - far) * layer / 2, below, haze)
+        if kind == "winter" and layer < 2:
+            ground = blend(ground, .97, coverage(y - snow_line, H))
+        image = blend(image, ground, coverage(top - y, H))
+    return (image.clip(0, 1) * 255 + .5).astype(np.uint8).transpose(1, 2, 0)
+
+
+def blend(image, colour, amount):
+    return image + (colour - image) * amount
+
+
+def coverage(depth, H):
+    """How much of a pixel a shape covers, given how deep the pixel lies inside its edge."""
+    return np.clip(depth * H + .5, 0, 1)
+
+
+def sideways(x, place):
+    """How far x lies to the right of a place, the short way round."""
+    return (x - place + PERIOD / 2) % PERIOD - PERIOD / 2
+
+
+def stars(numbers, x, y):
+    """The light (H, W) of 80 stars. Coarse pixels make them wider and fainter."""
+    across, up, glow = numbers.reshape(3, 80, 1)
+    blur = math.hypot(.012, .4 / len(y))
+    columns = np.exp(-sideways(x, across * PERIOD) ** 2 / (2 * blur ** 2))      # (80, W)
+    rows = np.exp(-(y.T - up) ** 2 / (2 * blur ** 2)) * glow                    # (80, H)
+    return np.clip(rows.T @ columns * (1.6 * (.012 / blur) ** 2), 0, 1)
+
+
+def add_suns(image, numbers, colour, x, y):
+    """Every two heights of the width have a sun or moon, which keeps clear of their ends."""
+    for cell, (across, up, size) in enumerate(numbers.reshape(4, 3)):
+        apart = sideways(x, (cell + (.15 + .7 * across)) * 2)
+        distance = np.hypot(apart, y - (.55 + .35 * up))
+        image = image + (colour - image) * np.exp(-(distance / .22) ** 2) * .45
+        image = blend(image, colour, coverage(.07 + .05 * size - distance, len(y)))
+    return image
+
+
+def outlines(numbers, layer, x):
+    """The heights (W,) of a ridge and of the snow line on it, which resembles the ridge."""
+    altitude, height = RIDGES[layer]
+    altitude = altitude - .05 + .1 * numbers[0]
+    strength, phase = numbers[1:].reshape(8, 2).T[:, :, None]
+    turns = WAVES / PERIOD * x + phase                                  # (8, W)
+    wave = .5 * np.sin(2 * np.pi * turns) + .5
+    if layer < 2:
+        wave = np.abs(np.sin(np.pi * turns))        # Turned over, it has pointed peaks.
+    waves = (.4 + .6 * strength) * (WAVES / 2) ** -.75 * (.5 - wave)
+    snow = (waves * np.cos(7 * phase)).sum(0)
+    return altitude + height * waves.sum(0), altitude - .02 + .5 * height * snow
+
+
+# ---- Data sets -----------------------------------------------------------------------
+
+LARGEST_FILE = 1 << 28                  # bytes of a download or of a file in an archive
+Image.MAX_IMAGE_PIXELS = 1 << 25        # Pillow refuses images of twice as many.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-LARGEST_FILE = 1 << 28      # bytes that any one download, archive member or image file may have
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]      # EPS would start a program.
+DAMAGED = (gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError)
+
+
+@contextmanager
+def reading(path):
+    """Turn the errors of readers that meet a wrong file into a ValueError that names it."""
+    try:
+        yield
+    except (KeyError, ValueError, *DAMAGED) as error:
+        raise ValueError(f"{path} is damaged or not what it should be ({error})") from error
 
 
 @dataclass(eq=False)
 class Data:
-    """A data set in memory: uint8 images (n, S, S, C) and labels (n,) to train on, the same held out, and whether a mirror
-    image is as likely as the image. Built-in landscapes have no arrays: they are drawn when asked for."""
+    """A data set of images (size, size, channels); a label is a place in `classes`.
+
+    flip: a mirror image is as likely as the image.
+    train, held_out: uint8 images (n, size, size, channels) and labels (n,).
+    draw: a procedural data set has this instead, a function (seed, indices, H, W) that
+      returns uint8 images (n, H, W, channels) and labels (n,)."""
     name: str
     classes: list
     channels: int
@@ -131,250 +168,298 @@ class Data:
     size: int
     train: tuple | None = None
     held_out: tuple | None = None
+    draw: Callable | None = None
 
-    def batch(self, seed, step, count, mine=slice(None), flip=False):
-        """Global batch number `step` of `count` images, of which `mine` are returned: float images (n, C, H, W) in [-1, 1] and
-        labels (n,). The same for the same (seed, step), in epochs of a shuffled data set."""
-        number = np.arange(step * count, (step + 1) * count)[mine]
-        if self.train is None:
-            images, labels = landscapes(seed, number, self.size, self.size)
+    def batch(self, seed, step, count, rank=0, world=1, flip=False):
+        """What process `rank` of `world` gets of batch number `step` of `count` images:
+        float images (n, C, H, W) in [-1, 1] and labels (n,), the same in every run.
+
+        Batches go through shuffled epochs. With `flip` half of the images are mirrored."""
+        # The order is random because training sorts the noise levels of a batch: classes that
+        # take turns, as in a procedural data set, would each see only some of the levels.
+        random = np.random.default_rng([seed, step, 1])
+        order = random.permutation(count)[rank::world]
+        numbers = step * count + order
+        if self.draw:
+            images, labels = self.draw(seed, numbers, self.size, self.size)
         else:
-            images, labels = self.train
-            order = np.array([self.shuffled(seed, i // len(images))[i % len(images)] for i in number])
-            images, labels = images[order], labels[order]
+            n = len(self.train[0])
+            chosen = [self.shuffled(seed, i // n)[i % n] for i in numbers]
+            images, labels = (part[chosen] for part in self.train)
         if flip:
-            flipped = np.random.default_rng([seed, step, 1]).random(count)[mine] < .5
-            images = np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
-        return to_float(images), torch.from_numpy(labels.astype(np.int64))
+            mirrored = random.random(count)[order] < .5
+            images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+        return to_float(images), torch.as_tensor(labels).long()
 
-    @lru_cache(maxsize=2)
+    @lru_cache(maxsize=8)
     def shuffled(self, seed, epoch):
         return np.random.default_rng([seed, epoch]).permutation(len(self.train[0]))
 
     def held(self, count):
-        """`count` held-out images, the same in every run, and their labels, as `batch` gives them."""
-        if self.held_out is None:
-            images, labels = landscapes(2 ** 32, range(count), self.size, self.size)     # no --seed is that large
+        """At most `count` held-out images and their labels, the same in every run."""
+        if self.draw:
+            seed = 2 ** 32              # No --seed is that large.
+            images, labels = self.draw(seed, range(count), self.size, self.size)
         else:
             chosen = np.random.default_rng(0).permutation(len(self.held_out[0]))[:count]
             images, labels = (part[chosen] for part in self.held_out)
-        return to_float(images), torch.from_numpy(labels.astype(np.int64))
+        return to_float(images), torch.as_tensor(labels).long()
 
 
 def to_float(images):
-    """uint8 (n, H, W, C) to float32 (n, C, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """Convert uint8 (n, H, W, C) to float (n, C, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def to_bytes(images):
-    """float (n, C, H, W) in [-1, 1] to uint8 (n, H, W, C)."""
+    """Convert float (n, C, H, W) in [-1, 1] to uint8 (n, H, W, C)."""
     return (images.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def fetch(name, sha256, urls, folder, opener=open):
-    """The path of file `name` in `folder`, downloaded from one of `urls` if need be (a broken download goes on where it
-    stopped) and checked: sha256 is that of the bytes that `opener` reads. ValueError, saying where to put the file, if it
-    cannot be had."""
-    path, reasons = Path(folder) / name, []
-    part = path.with_name(name + ".part")
+    """The path of a file in `folder`, downloaded from one of `urls` if it is not there.
+
+    sha256 is that of the bytes that `opener` reads from the file. Raises ValueError, which
+    says where to put the file, if the right one cannot be had."""
+    path, part = Path(folder, name), Path(folder, name + ".part")
 
     def matches(file):
         try:
             with opener(file, "rb") as content:
                 return hashlib.sha256(content.read(LARGEST_FILE)).hexdigest() == sha256
-        except (gzip.BadGzipFile, EOFError, zlib.error):
+        except DAMAGED:
             return False
 
-    if part.exists() and matches(part):             # a download that was stopped between its last byte and the check
-        return part.replace(path)
     if path.exists():
         if matches(path):
             return path
-        raise ValueError(f"{path} is damaged (its checksum is wrong): delete it, to download it again")
+        raise ValueError(f"{path} is damaged: delete it, to download it again")
+    reasons = []
     for url in urls:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            have = part.stat().st_size if part.exists() else 0
-            request = urllib.request.Request(url + name, headers={"Range": f"bytes={have}-", "User-Agent": "lego-tiny"})
-            with urllib.request.urlopen(request, timeout=30) as reply:
-                have = have if reply.status == 206 else 0                       # 200: the server sends it all again
-                whole = have + int(reply.headers.get("Content-Length") or 0)
-                with (part.open("ab" if have else "wb") as file,
-                      tqdm(initial=have, total=whole, unit="B", unit_scale=True, desc=name) as bar):
-                    while (block := reply.read(1 << 16)) and file.tell() < LARGEST_FILE:
-                        bar.update(file.write(block))
-            if part.stat().st_size < whole:
-                raise OSError("the connection broke off")
-            if matches(part):
-                return part.replace(path)
-            part.unlink()
-            reasons.append(f"{url}: wrong checksum")
-        except (OSError, ValueError, HTTPException) as error:                   # URLError is an OSError
-            if getattr(error, "code", None) == 416:                             # nothing comes after this part: it is too long
-                part.unlink(missing_ok=True)
+            download(url + name, part)
+        except (OSError, ValueError, HTTPException) as error:
             reasons.append(f"{url}: {error}")
-    raise ValueError(f"cannot download {name} ({'; '.join(reasons)}). Get it elsewhere and put it at {path}")
+            if getattr(error, "code", None) != 416:     # 416: the part is as long as the file.
+                continue
+        if matches(part):
+            return part.replace(path)
+        part.unlink()
+        reasons.append(f"{url}: wrong checksum")
+    raise ValueError(f"cannot download {name} ({'; '.join(reasons)}). "
+                     f"Get it elsewhere and put it at {path}")
+
+
+def download(url, part):
+    """Download to the path `part`, going on after the bytes that it holds already."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={have}-", "User-Agent": "lego-tiny"}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        if reply.status != 206:         # The server sends the whole file again.
+            have = 0
+        whole = have + int(reply.headers.get("Content-Length", 0))
+        bar = tqdm(initial=have, total=whole, unit="B", unit_scale=True)
+        with part.open("ab" if have else "wb") as file, bar:
+            while (block := reply.read(1 << 16)) and file.tell() < LARGEST_FILE:
+                bar.update(file.write(block))
+            if file.tell() < whole:
+                raise OSError("the connection broke off")
+
+
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9dddda3db29a59bca1dd"
+CIFAR10_URLS = ["https://www.cs.toronto.edu/~kriz/", "https://cave.cs.toronto.edu/kriz/"]
+
+
+def cifar10(folder, size):
+    path = fetch("cifar-10-binary.tar.gz", CIFAR10_SHA256, CIFAR10_URLS, folder)
+    return in_memory("cifar10", CIFAR10, True, size, *read_cifar10(path))
 
 
 def read_cifar10(path):
-    """Train and test (images, labels) from the official binary archive, which is read member by member."""
-    def records(archive, member):
-        try:
-            info = archive.getmember(f"cifar-10-batches-bin/{member}")
-        except KeyError:
-            raise ValueError(f"{path}: member cifar-10-batches-bin/{member} is missing: get the *binary* version")
-        if not info.isfile() or info.size % 3073 or not 0 < info.size <= LARGEST_FILE:
-            raise ValueError(f"{path}: {member} has {info.size} bytes, not whole records of 3073")
-        rows = np.frombuffer(archive.extractfile(info).read(info.size), np.uint8).reshape(-1, 3073)
-        if rows[:, 0].max() > 9:
-            raise ValueError(f"{path}: {member} has label {rows[:, 0].max()}, but labels go from 0 to 9")
-        return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
-
-    try:
-        with tarfile.open(path, "r:gz") as archive:
-            parts = [records(archive, f"data_batch_{i}.bin") for i in range(1, 6)]
-            return tuple(np.concatenate(p) for p in zip(*parts)), records(archive, "test_batch.bin")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not a readable .tar.gz archive ({error})") from error
+    """Read the official binary archive: uint8 images (n, 32, 32, 3) and labels (n,) to train
+    on, and such a pair to test with. Raises ValueError if it is damaged."""
+    pairs = []
+    with reading(path), tarfile.open(path, "r:gz") as archive:
+        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+            file = archive.extractfile(f"cifar-10-batches-bin/{name}.bin")
+            records = np.frombuffer(file.read(LARGEST_FILE), np.uint8).reshape(-1, 3073)
+            images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            pairs.append((images, records[:, 0]))
+    images, labels = zip(*pairs[:5])
+    return (np.concatenate(images), np.concatenate(labels)), pairs[5]
 
 
-def read_idx(images_path, labels_path):
-    """(images (n, H, W, 1), labels (n,)) from a pair of gzipped idx files."""
-    def read(path, dims):
-        try:
-            with gzip.open(path) as file:
-                data = file.read(LARGEST_FILE)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a readable .gz file ({error})") from error
-        head = 4 + 4 * dims
-        shape = struct.unpack(f">{dims}I", data[4:head]) if len(data) >= head else ()
-        if data[:4] != bytes([0, 0, 8, dims]) or len(data) != head + math.prod(shape):
-            raise ValueError(f"{path} is not a whole idx file of unsigned bytes in {dims} dimensions")
-        return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+FASHION = ["T-shirt", "trouser", "pullover", "dress", "coat",
+           "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+FASHION_SHA256 = {      # These are of what the .gz files hold, since copies are packed anew.
+    "train-images-idx3": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"}
+FASHION_URLS = [
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"]
 
-    images, labels = read(images_path, 3), read(labels_path, 1)
-    if len(images) != len(labels) or labels.max(initial=0) > 9:
-        raise ValueError(f"{labels_path}: {len(labels)} labels up to {labels.max(initial=0)} for {len(images)} images of 10 "
-                         "classes")
-    return images[..., None], labels
+
+def fashion_mnist(folder, size):
+    paths = [fetch(name + "-ubyte.gz", sha256, FASHION_URLS, folder, gzip.open)
+             for name, sha256 in FASHION_SHA256.items()]
+    images, labels, test_images, test_labels = map(read_idx, paths)
+    train, test = (images[..., None], labels), (test_images[..., None], test_labels)
+    flip = False        # All shoes point to the left.
+    return in_memory("fashion-mnist", FASHION, flip, size, train, test)
+
+
+def read_idx(path):
+    """The array of a gzipped idx file of bytes. Raises ValueError if it is damaged."""
+    with reading(path), gzip.open(path) as file:
+        data = np.frombuffer(file.read(LARGEST_FILE), np.uint8)
+        if len(data) < 4 or data[:3].tolist() != [0, 0, 8]:
+            raise ValueError("it is no idx file of bytes")
+        head = 4 + 4 * int(data[3])         # The fourth byte is the number of axes.
+        return data[head:].reshape(data[4:head].view(">u4"))
+
+
+def in_memory(name, classes, flip, size, *pairs):
+    """The Data of two pairs (images, labels), one to train on and one held out.
+
+    Raises ValueError if the labels do not fit the images or the classes."""
+    for images, labels in pairs:
+        if len(images) != len(labels) or labels.max(initial=0) >= len(classes):
+            raise ValueError(f"{name}: {len(images)} images of {len(classes)} classes have "
+                             f"{len(labels)} labels up to {labels.max(initial=0)}")
+    train, held_out = [(resized(images, size), labels) for images, labels in pairs]
+    return Data(name, classes, train[0].shape[-1], flip, size, train, held_out)
 
 
 def resized(images, size):
-    """uint8 (n, H, W, C) centre-cropped and resized to (n, size, size, C)."""
+    """Crop uint8 images (n, H, W, C) around their centre and resize them to size x size."""
     if images.shape[1:3] == (size, size):
         return images
-    fit = lambda image: np.asarray(ImageOps.fit(Image.fromarray(image.squeeze()), (size, size))).reshape(size, size, -1)
-    return np.stack([fit(image) for image in images])
+    fitted = [ImageOps.fit(Image.fromarray(image.squeeze()), (size, size)) for image in images]
+    return np.stack(fitted).reshape(len(images), size, size, -1)
 
 
-def read_image(data, size):
-    """(size, size, 1 or 3) uint8 from an image file's bytes of any mode: turned upright, laid on white, centre-cropped."""
-    with Image.open(io.BytesIO(data)) as image:
-        if image.width * image.height > 1 << 26:
-            raise ValueError(f"{image.width}x{image.height} is too large")
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                                            # 16 bits a pixel
+def read_image(file, size):
+    """Read an image of any mode as uint8 (size, size, 3), cropped around its centre. It is
+    turned upright and laid on white. Pillow's errors pass through."""
+    image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
+    if image.mode.startswith("I"):          # It has 16 bits a pixel.
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    gray = image.mode in ("1", "L", "LA", "La", "F")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("L" if gray else "RGB"), (size, size))
-    return np.asarray(image).reshape(size, size, -1)
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
 
 
 def read_folder(path, size):
-    """A Data set from a folder or a zip of images: the class is the name of the folder an image lies in. The last tenth of each
-    class is held out; with fewer than ten images in every class nothing is, which is said, and the training images stand in.
-    Files that cannot be read are skipped and counted; the images are never written anywhere."""
-    def files():                                                              # (name, function that opens the file)
-        if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.is_file():
-                    yield file.relative_to(path.parent), partial(file.open, "rb")
-        else:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
-                if sum(info.file_size for info in members) > 100 * path.stat().st_size + LARGEST_FILE:
-                    raise ValueError(f"{path} unpacks to more than a hundred times its size: not a zip of images")
-                for info in sorted(members, key=lambda i: i.filename):
-                    link = stat.S_ISLNK(info.external_attr >> 16)
-                    if link or ".." in Path(info.filename).parts or info.filename.startswith(("/", "\\")):
-                        raise ValueError(f"{path}: member {info.filename!r} points out of the archive: do not trust this file")
-                    yield Path(path.stem) / info.filename, partial(archive.open, info)
+    """The Data of a folder or zip of images. The class of an image is its folder's name.
 
-    images, skipped = {}, 0
-    try:
-        for name, opened in tqdm(files(), desc=f"reading {path.name}", unit=" files", leave=False):
-            if name.suffix.lower() not in SUFFIXES or any(part.startswith((".", "__MACOSX")) for part in name.parts[1:]):
-                continue
-            try:
-                with opened() as file:
-                    image = read_image(file.read(LARGEST_FILE), size)
-            except Exception:           # readers of archives and images meet hostile bytes with errors of almost any type
-                skipped += 1
-            else:
-                images.setdefault(name.parent.name, []).append(image)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a readable zip archive ({error})") from error
-    found = sum(map(len, images.values()))
-    print(f"{path}: {found} images in {len(images)} classes" + (f", {skipped} unreadable files skipped" if skipped else ""))
-    if found < 2:
-        raise ValueError(f"{path}: {found} readable images found; put images into one folder per class")
-    channels = max(image.shape[2] for group in images.values() for image in group)
-    classes, parts = sorted(images), ([], [])                                 # train, held out
-    for label, name in enumerate(classes):
-        group = np.stack([np.broadcast_to(image, (size, size, channels)) for image in images.pop(name)])
-        cut = len(group) - len(group) // 10
-        for part, chosen in zip(parts, (group[:cut], group[cut:])):
-            part.append((chosen, np.full(len(chosen), label)))
-    train, held_out = (tuple(np.concatenate(p) for p in zip(*part)) for part in parts)
-    if not len(held_out[0]):
-        print("no class has ten images, so that none is held out: held-out losses are those of training images")
-        held_out = train
-    return Data(path.stem, classes, channels, True, size, train, held_out)
+    The last tenth of each class is held out, and nothing is written anywhere. Raises
+    ValueError if there are fewer than two images or if the zip is hostile."""
+    groups = read_images(path, size)
+    classes = sorted(groups)
+    counts = [len(groups[name]) for name in classes]
+    if sum(counts) < 2:
+        raise ValueError(f"{path}: {sum(counts)} readable images found; "
+                         f"put images into one folder per class")
+    images = np.concatenate([groups[name] for name in classes])
+    labels = np.repeat(np.arange(len(classes)), counts)
+    held = np.concatenate([np.arange(n) >= n - n // 10 for n in counts])
+    if (images == images[..., :1]).all():
+        images = images[..., :1]            # All of them are gray.
+    if not held.any():
+        print("no class has ten images, so held-out losses will be those of training images")
+    train = images[~held], labels[~held]
+    held_out = (images[held], labels[held]) if held.any() else train
+    return in_memory(path.stem, classes, True, size, train, held_out)
+
+
+def read_images(path, size):
+    """A dictionary from each class in a folder or zip to a list of uint8 (size, size, 3)."""
+    groups, skipped = {}, 0
+    files = zip_files(path) if path.is_file() else folder_files(path)
+    for name, opened in tqdm(files, f"reading {path.name}", unit=" files", leave=False):
+        hidden = any(part.startswith(".") for part in name.parts[1:])
+        if hidden or name.suffix.lower() not in SUFFIXES:
+            continue
+        try:
+            with opened() as file:
+                image = read_image(io.BytesIO(file.read(LARGEST_FILE)), size)
+            groups.setdefault(name.parent.name, []).append(image)
+        except Exception:       # Hostile bytes make Pillow raise errors of almost any type.
+            skipped += 1
+    found = sum(map(len, groups.values()))
+    print(f"{path}: {found} images in {len(groups)} classes, {skipped} unreadable files skipped")
+    return groups
+
+
+def folder_files(path):
+    """Yield the path of every file and a function that opens the file."""
+    for file in sorted(path.rglob("*")):
+        yield file.relative_to(path.parent), partial(file.open, "rb")
+
+
+def zip_files(path):
+    """Yield the same for a zip. Raises ValueError if it is damaged or not to be trusted."""
+    with reading(path), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(info.file_size for info in members) > 100 * path.stat().st_size + LARGEST_FILE:
+            raise ValueError("it unpacks to more than a hundred times its size")
+        for info in sorted(members, key=lambda info: info.filename):
+            name, link = Path(info.filename), stat.S_ISLNK(info.external_attr >> 16)
+            if link or ".." in name.parts or info.filename.startswith(("/", "\\")):
+                raise ValueError(f"member {info.filename!r} points out of the archive")
+            yield path.stem / name, partial(archive.open, info)
+
+
+def built_in(folder, size):
+    return Data("landscapes", LANDSCAPES, 3, False, size, draw=landscapes)
+
+
+# To add a data set, add its name and a function (download folder, image size) -> Data here.
+DATASETS = {"landscapes": built_in, "cifar10": cifar10, "fashion-mnist": fashion_mnist}
 
 
 def load_data(name, folder, size):
-    """The Data set `name` (landscapes, cifar10, fashion-mnist, or a path) at size x size; files are kept in `folder`."""
-    if name == "landscapes":
-        return Data(name, LANDSCAPES, 3, False, size)
-    if name == "cifar10":
-        train, test = read_cifar10(fetch(*CIFAR10_FILE, CIFAR10_URLS, folder))
-        return Data(name, CIFAR10, 3, True, size, (resized(train[0], size), train[1]), (resized(test[0], size), test[1]))
-    if name == "fashion-mnist":                                               # never mirrored: all shoes point to the left
-        folder = FASHION_DEBIAN if FASHION_DEBIAN.exists() and not (Path(folder) / next(iter(FASHION_FILES))).exists() else folder
-        paths = [fetch(file, sha256, FASHION_URLS, folder, gzip.open) for file, sha256 in FASHION_FILES.items()]
-        train, test = read_idx(*paths[:2]), read_idx(*paths[2:])
-        return Data(name, FASHION, 1, False, size, (resized(train[0], size), train[1]), (resized(test[0], size), test[1]))
+    """The Data of a name in DATASETS, or of a folder or zip of images, at size x size.
+
+    Downloads are kept in `folder`. Raises ValueError if there is no such data set."""
+    if name in DATASETS:
+        return DATASETS[name](folder, size)
     if not Path(name).exists():
-        raise ValueError(f"no data set {name!r}: take landscapes, cifar10, fashion-mnist, or an existing folder or zip of images")
-    return read_folder(Path(os.path.abspath(name)), size)
+        raise ValueError(f"no data set {name!r}: take {', '.join(DATASETS)}, "
+                         f"or an existing folder or zip of images")
+    return read_folder(Path(name).resolve(), size)
 
 
-# ---- Pictures and command line, shared with sample_tiny.py -----------------------------------------------------------
+# ---- Pictures and command line, shared with sample_tiny.py ---------------------------
 
 
 def picture(images, columns, enlarge=True):
-    """One Pillow image of uint8 images (n, H, W, C) in rows of `columns`, with a thin white line between them; `enlarge`
-    repeats pixels until an image is at least 96 high."""
+    """A Pillow image of uint8 images (n, H, W, C) in rows of `columns`, with thin white lines
+    between them. `enlarge` repeats pixels until an image is at least 96 high."""
     n, H, W, C = images.shape
-    rows = math.ceil(n / columns)
-    sheet = np.full((rows * columns, H + 1, W + 1, C), 255, np.uint8)
-    sheet[:n, :H, :W] = images
-    sheet = sheet.reshape(rows, columns, H + 1, W + 1, C).swapaxes(1, 2).reshape(rows * (H + 1), -1, C)[:-1, :-1]
-    sheet = Image.fromarray(sheet.squeeze(2) if C == 1 else sheet)
+    size = columns * (W + 1) - 1, math.ceil(n / columns) * (H + 1) - 1
+    sheet = Image.new("L" if C == 1 else "RGB", size, "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        tile = Image.fromarray(image[..., 0] if C == 1 else image)
+        sheet.paste(tile, (column * (W + 1), row * (H + 1)))
     times = math.ceil(96 / H) if enlarge else 1
     return sheet.resize((sheet.width * times, sheet.height * times), Image.NEAREST)
 
 
 def sheet_columns(classes):
-    """A class in every column, where that makes 5 to 16 of them, else 8."""
+    """A picture has a column for each class, where that makes 5 to 16 columns, else 8."""
     return classes if 5 <= classes <= 16 else 8
 
 
 def save_picture(sheet, path):
-    write_aside(path, lambda file: sheet.save(file, "png"))
+    write_aside(path, partial(sheet.save, format="png"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -385,11 +470,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def flag(parser, name, default, help, **settings):
-    parser.add_argument(name, default=default, help=help + ("" if default is None else f" (default: {default})"), **settings)
+    """Add a flag whose help names the default, unless it is None."""
+    if default is not None:
+        help += f" (default: {default})"
+    parser.add_argument(name, default=default, help=help, **settings)
 
 
 def command(main):
-    """Run `main`, turning what a user can cause into one line and exit code 2."""
+    """Run main() and leave. What a user can cause makes one line and exit code 2."""
     keep_memory()
     code = 0
     try:
@@ -397,50 +485,61 @@ def command(main):
     except KeyboardInterrupt:
         code = "interrupted"
     except Exception as error:
-        no_memory = isinstance(error, (MemoryError, RuntimeError)) and "memory" in f"{error!r}".lower()
-        if no_memory or isinstance(error, (ValueError, OSError)):
-            hint = "take a smaller batch, size or width: " if no_memory else ""
-            sys.stderr.write(f"{Path(sys.argv[0]).name}: {hint}{' '.join(str(error).split())[:500]}\n")
-            code = 2
-        else:                           # a mistake of ours
-            traceback.print_exc()
-            code = 1
-    sys.exit(code)                      # out here, where the error no longer keeps the run, and so its data worker, alive
+        code = explain(error)
+    sys.exit(code)      # Out here the error no longer keeps the run and its workers alive.
+
+
+def explain(error):
+    """Print what a user should know about an error and return the exit code."""
+    full = isinstance(error, (MemoryError, RuntimeError)) and "memory" in repr(error).lower()
+    if not full and not isinstance(error, (ValueError, OSError)):
+        traceback.print_exception(error)        # It is a mistake of ours.
+        return 1
+    hint = "take a smaller batch, size or width: " if full else ""
+    message = " ".join(str(error).split())[:500]
+    print(f"{Path(sys.argv[0]).name}: {hint}{message}", file=sys.stderr)
+    return 2
 
 
 def pick_device(name):
-    """torch.device of "auto", "cpu", "cuda", "cuda:1", ...; ValueError if it is not there."""
+    """The torch.device of a name, which may be "auto". Raises ValueError if it is not there."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
 
 
 def keep_memory():
-    """Tell glibc to keep what is freed. It returns large blocks to the system by default, only to fetch them again, zeroed page
-    by page, for the next tensor: 21,000 page faults in a training step of the default stack."""
+    """Tell glibc to keep what is freed. By default it returns large blocks to the system and
+    fetches them again for the next tensor, which costs 21,000 page faults a training step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 1 << 30), mallopt(-3, 1 << 25)          # M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD as high as it goes
-    except (AttributeError, OSError, TypeError):            # another C library, macOS, Windows
-        pass
+        mallopt(-1, 1 << 30)        # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 25)        # M_MMAP_THRESHOLD can be no higher.
+    except (AttributeError, OSError, TypeError):
+        pass                        # This is another C library.
 
 
 def pick_precision(name, device):
-    """An autocast context, made anew by every call of the function returned. "auto" is bfloat16 where the hardware multiplies
-    it natively (CUDA from Ampere on, CPUs with AMX) and float32 elsewhere."""
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
-        device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    """A function that makes autocast contexts for "fp32", "bf16" or "auto", which is bf16 where
+    the hardware multiplies it natively: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        native = False
     bf16 = name == "bf16" or name == "auto" and native
-    print(f"device {device}, precision {'bf16' if bf16 else 'fp32'}" + (" (chosen by hardware)" if name == "auto" else ""))
-    return lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    print(f"device {device}, precision {'bf16' if bf16 else 'fp32'}")
+    return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
 
 def timed(work, device):
-    """Seconds that work() takes, including what it leaves to the accelerator."""
-    wait = int if device.type == "cpu" else torch.accelerator.synchronize
+    """The seconds that work() takes, including what it leaves to the accelerator."""
+    wait = torch.cpu.synchronize if device.type == "cpu" else torch.accelerator.synchronize
     wait()
     began = time.perf_counter()
     work()
@@ -449,130 +548,163 @@ def timed(work, device):
 
 
 def peak_memory(device):
-    """The most memory used so far, in MB: the process's resident set (NaN on Windows), or what torch took on a GPU."""
+    """The most memory used so far in MB: what torch took on a GPU, else the resident set of
+    the process, which is NaN on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if sys.platform == "win32":
         return math.nan
-    import resource                     # which Windows lacks
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    import resource                 # Windows does not have it.
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-# ---- Training --------------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------
 
-FREE = {"bench", "resume", "steps", "minutes", "device", "data_dir", "save_minutes"}     # may differ when a run is resumed
-LOG_EVERY = 20          # steps
-CHOICES = "local_mlp", "residual", "detach", "supervision"      # what --without leaves out: see LegoConfig and Diffusion.loss
+LOG_EVERY = 20                          # steps
+LABEL_DROP = 0.1                        # chance to hide a label, which guidance needs
+EMA_IMAGES = 500_000                    # half-life of the weight average, in images
+SWITCHES = "local_mlp", "residual", "detach", "supervision"     # what --without leaves out
+FREE = {"bench", "resume", "steps", "minutes", "device", "data_dir", "save_minutes"}
 
 
-def read_flags():
-    """The settings of this run: flags given, else those stored in the run to resume, else the defaults."""
+def read_flags(arguments=None):
+    """The settings of a run and the checkpoint to resume, if any. A flag that is given counts,
+    else what is stored in the run to resume, else the default."""
     p = Parser(description="Train a LEGO diffusion stack.")
-    flag(p, "--dataset", "landscapes", "landscapes, cifar10, fashion-mnist, or a folder or zip of images (class = folder name)")
+    flag(p, "--dataset", "landscapes", f"{', '.join(DATASETS)}, or a folder or zip of images "
+         "(class = folder name)")
     flag(p, "--data-dir", "data", "where data sets are looked for and downloaded to")
     stack, budget = p.add_mutually_exclusive_group(), p.add_mutually_exclusive_group()
-    flag(stack, "--preset", None, "a stack by name: " + ", ".join(n for n in PRESETS if n[0] in "td")
-         + ", or one of the authors' (default: tiny)")
-    flag(stack, "--bricks", None, 'a stack of your own, region/patch x depth, such as "32/4x6 8/2x2"; replaces --preset')
+    flag(stack, "--preset", None, "a stack by name: tiny, dit-4, dit-2, or one of the authors', "
+         "such as S-PG-64 (default: tiny)")
+    flag(stack, "--bricks", None, "a stack of your own, region/patch x depth, such as "
+         "\"32/4x6 8/2x2\"; an @ and low:high in sigma give a brick a noise range, such as "
+         "\"32/4x6 16/2x4@:0.4\"")
     flag(p, "--width", None, "width of the Transformer blocks (default: the preset's)", type=int)
     flag(p, "--heads", None, "attention heads (default: the preset's)", type=int)
-    flag(p, "--without", "", "to compare, train without some of our choices, comma separated: " + ", ".join(CHOICES))
+    flag(p, "--without", "", "choices to leave out for a comparison, comma separated: "
+         + ", ".join(SWITCHES))
     flag(p, "--size", 32, "height and width of the training images", type=int)
-    flag(p, "--objective", "edm", "edm or ddpm", choices=list(OBJECTIVES))
-    flag(budget, "--steps", None, "budget in optimizer steps, those before --resume included", type=int)
-    flag(budget, "--minutes", None, "budget in minutes, likewise (default: 10, when --steps is not given either)", type=float)
-    flag(p, "--batch", 32, "images per step, over all processes", type=int)
+    flag(p, "--objective", "edm", "edm, or ddpm for noise prediction", choices=list(OBJECTIVES))
+    flag(budget, "--steps", None, "budget in steps, those before --resume included", type=int)
+    flag(budget, "--minutes", None, "budget in minutes, likewise (default: 10)", type=float)
+    flag(p, "--batch", 32, "images a step, over all processes", type=int)
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
-    flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one number, or one per brick, comma "
-         "separated (default: what makes as many tokens as the largest patch makes of the image)")
-    flag(p, "--brick-drop", None, "chance of leaving a brick out of a step: one number, or one per brick (default: 0, but 0.75 for a "
-         "brick with neither smaller patches nor a larger region than one before it)")
-    flag(p, "--label-drop", 0.1, "chance of hiding an image's label, for guidance", type=float)
-    flag(p, "--flip", None, "mirror images at random (default: yes but for landscapes and fashion-mnist)",
-         action=argparse.BooleanOptionalAction)
-    flag(p, "--ema-images", 500_000, "half-life of the weight average in images; early on at most 5%% of those seen", type=int)
-    flag(p, "--out", None, "folder for checkpoint, log and pictures (default: runs/DATASET, numbered if taken)")
-    flag(p, "--resume", None, "folder of a run to continue")
-    flag(p, "--save-minutes", 2.0, "minutes between checkpoints with a sample picture", type=float)
+    flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one "
+         "number or one per brick, comma separated (default: 1 for the brick with the fewest tokens, "
+         "1 / sqrt(n) for one with n times as many)")
+    flag(p, "--brick-drop", "0.2", "chance that a brick's result for an image stays hidden from later "
+         "bricks, which so learn to do without it: one number or one per brick")
+    flag(p, "--flip", None, "mirror images at random (default: yes, but for landscapes and "
+         "fashion-mnist)", action=argparse.BooleanOptionalAction)
+    flag(p, "--out", None, "folder of the run (default: runs/DATASET, numbered if taken)")
+    flag(p, "--resume", None, "folder of a run to go on with")
+    flag(p, "--save-minutes", 2.0, "minutes between checkpoints", type=float)
     flag(p, "--device", "auto", "auto, cpu, cuda, mps")
-    flag(p, "--precision", "auto", "auto, fp32 or bf16", choices=["auto", "fp32", "bf16"])
-    flag(p, "--compile", False, "compile the Transformer blocks with torch.compile", action="store_true")
+    flag(p, "--precision", "auto", "number format of the network", choices=["auto", "fp32", "bf16"])
+    flag(p, "--compile", False, "compile the Transformer blocks", action="store_true")
     flag(p, "--seed", 0, "seed of everything random", type=int)
     flag(p, "--bench", False, "only measure the speed of a step", action="store_true")
-    s, state = p.parse_args(), None
+    s, state = p.parse_args(arguments), None
     if s.resume:
         state = read_checkpoint(path := Path(s.resume) / "checkpoint.pt")
         if "train" not in state or not isinstance(state["info"].get("settings"), dict):
             raise ValueError(f"{path} holds weights to sample from, but no run to resume")
         stored = vars(s) | state["info"]["settings"] | dict(out=s.resume)
-        if s.steps or s.minutes:                                    # a new budget replaces the stored one
+        if s.steps or s.minutes:                        # a new budget replaces the stored one
             stored |= dict(steps=None, minutes=None)
-        s = p.parse_args(namespace=argparse.Namespace(**stored))    # the flags given again, now over the stored ones
+        s = p.parse_args(arguments, argparse.Namespace(**stored))
         for name, value in vars(s).items():
             if name not in FREE and value != stored[name]:
-                raise ValueError(f"--{name.replace('_', '-')} {value} contradicts the run to resume, which has {stored[name]}")
+                raise ValueError(f"--{name.replace('_', '-')} {value} contradicts the run to resume, "
+                                 f"which has {stored[name]}")
     if s.steps is None and s.minutes is None:
         s.minutes = 10.0
-    tiny, whole = 1e-9, 2 ** 32 - 1
-    for name, (least, most) in dict(size=(1, 4096), steps=(1, whole), batch=(1, 1 << 16), ema_images=(1, whole), seed=(0, whole),
-                                    minutes=(tiny, 1e6), lr=(tiny, 1), label_drop=(0, 1),
-                                    save_minutes=(0, 1e6)).items():
-        value = getattr(s, name)
-        if value is not None and not least <= value <= most:
-            p.error(f"--{name.replace('_', '-')} must lie between {least} and {most}, found {value}")
+    limits = dict(size=(1, 4096), steps=(1, 2 ** 32), minutes=(1e-9, 1e6), batch=(1, 65536),
+                  lr=(1e-9, 1), save_minutes=(0, 1e6), seed=(0, 2 ** 32 - 1))
+    check_limits(p, s, limits)
     return s, state
+
+
+def table(model, sigmas, skip=()):
+    """The stack in words. The share of FLOPs is that of a sampling walk whose evaluations are at
+    the noise levels `sigmas`."""
+    config, size = model.config, model.config.size
+    spent = [sum(each) for each in zip(*(model.flops(size, size, sigma=sigma) for sigma in sigmas))]
+    count = sum(p.numel() for p in model.parameters())
+    lines = [f"width {config.width}, {count / 1e6:.2f}M parameters, {sum(spent) / 1e9:.2f} GFLOPs for "
+             f"an image of {size}x{size} in {len(sigmas)} evaluations",
+             "brick  region  patch  depth  noise sigma  tokens  parameters  FLOPs"]
+    for k, (spec, brick) in enumerate(zip(config.bricks, model.bricks)):
+        count = sum(p.numel() for p in brick.parameters())
+        lines.append(f"{k:>5}  {spec.region:>6}  {spec.patch:>5}  {spec.depth:>5}  "
+                     f"{spec.noise_range:>11}  {spec.tokens:>6}  {count:>10}  "
+                     f"{spent[k] / sum(spent):>5.1%}" + "  skipped" * (k in skip))
+    return "\n".join(lines)
+
+
+def check_limits(parser, settings, limits):
+    """Leave with an error if a flag lies outside its (least, most)."""
+    for name, (least, most) in limits.items():
+        value = getattr(settings, name)
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} must lie between {least} and {most}, "
+                         f"found {value}")
 
 
 def make_config(s, data):
     """The LegoConfig that the flags ask for, for the images of `data`."""
     if s.preset and s.preset not in PRESETS:
         raise ValueError(f"unknown preset {s.preset!r}: take one of {', '.join(PRESETS)}")
-    preset = PRESETS[s.preset or "tiny"]
-    changes = dict(channels=data.channels, classes=len(data.classes) if len(data.classes) > 1 else 0, size=s.size,
-                   width=preset.width if s.width is None else s.width, heads=preset.heads if s.heads is None else s.heads)
+    config = PRESETS[s.preset or "tiny"]
     without = set(filter(None, s.without.split(",")))
-    if not without <= set(CHOICES):
-        raise ValueError(f"--without {s.without}: take some of {', '.join(CHOICES)}")
-    changes |= {name: False for name in without - {"supervision"}}
-    if s.bricks:
+    if not without <= set(SWITCHES):
+        raise ValueError(f"--without {s.without}: take some of {', '.join(SWITCHES)}")
+    changes = {name: False for name in without - {"supervision"}}
+    if s.bricks is not None:
         changes["bricks"] = LegoConfig.parse(s.bricks, width=4, heads=1).bricks
-    return replace(preset, **changes)
+    if s.width is not None:
+        changes["width"] = s.width
+    if s.heads is not None:
+        changes["heads"] = s.heads
+    classes = len(data.classes) if len(data.classes) > 1 else 0
+    return replace(config, channels=data.channels, classes=classes, size=s.size, **changes)
 
 
-def image_tokens(config):
-    """How many tokens each brick makes of a training image."""
-    return [math.prod(b.grid(config.size, config.size)) * b.tokens for b in config.bricks]
+def numbers(name, text, count, least, most):
+    """`count` numbers between least and most from a flag: one for all, or comma separated."""
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    values *= count if len(values) == 1 else 1
+    if len(values) != count or not all(least <= value <= most for value in values):
+        raise ValueError(f"--{name} {text}: give one number from {least} to {most}, or {count} of "
+                         f"them, comma separated")
+    return values
 
 
-def shares(s, config):
-    """How much each brick trains: the shares of its regions that a step sees, and the chances that a step leaves it out.
-
-    By default every brick trains on as many tokens of an image as the largest patch makes of it, and a brick that brings
-    neither smaller patches nor a larger region than one before it is left out of three steps in four: see the README."""
-    def numbers(name, text, least, most):
-        try:
-            values = [float(word) for word in text.split(",")]
-        except ValueError:
-            values = []
-        values *= K if len(values) == 1 else 1
-        if len(values) != K or not all(least <= value <= most for value in values):
-            raise ValueError(f"--{name} {text}: give one number from {least} to {most}, or {K} of them, comma separated")
-        return values
-
-    bricks, tokens, K = config.bricks, image_tokens(config), len(config.bricks)
-    repeats = [any(b.patch <= brick.patch and b.region >= brick.region for b in bricks[:k]) for k, brick in enumerate(bricks)]
-    return ([min(tokens) / n for n in tokens] if s.region_fraction is None else numbers("region-fraction", s.region_fraction, .001, 1),
-            [.75 * again for again in repeats] if s.brick_drop is None else numbers("brick-drop", s.brick_drop, 0, .9))
+def default_fractions(config):
+    """The share of its regions that each brick trains on in a step. More small patches cost more,
+    and a step on fewer regions leaves time for more steps: with n times the tokens of the
+    cheapest brick, 1 / sqrt(n) of the regions was best."""
+    tokens = []
+    for b in config.bricks:
+        regions = math.ceil(config.size / b.region) ** 2
+        tokens.append(regions * b.tokens)
+    return [math.sqrt(min(tokens) / n) for n in tokens]
 
 
-# Odd polynomials of degree 5 that together take [0.01, 1] as near to 1 as three of them can (0.73 to 1.27), found greedily
-# by linear programming as in Amsel et al. 2025.
+# Odd polynomials of degree 5 that together take [0.01, 1] as near to 1 as three of them can
+# (0.73 to 1.27), found greedily by linear programming as in Amsel et al. 2025.
 POLYNOMIALS = [(8.0934, -23.6204, 17.4462), (3.6366, -2.7219, .5365), (2.6613, -1.9772, .4526)]
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): torch.optim.Muon with steps of AdamW's size (a test compares them), but all matrices of one
-    shape are orthogonalised in one batch, which is three times faster on 2 CPU cores: 15 ms a step, not 52."""
+    """Muon (Jordan et al. 2024): torch.optim.Muon with steps of the size of AdamW's (a test compares
+    them). All matrices of one shape are orthogonalised in one batch, which takes a third of
+    the time on 2 CPU cores."""
 
     def __init__(self, parameters, lr, momentum=0.95):
         super().__init__(parameters, dict(lr=lr, momentum=momentum))
@@ -584,39 +716,52 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for shape, same in shapes.items():
-                grads = [p.grad for p in same]
-                for p in same:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                averages = [self.state[p]["momentum_buffer"] for p in same]
-                torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-                x = torch.stack(torch._foreach_lerp(grads, averages, group["momentum"])).bfloat16()      # (n, rows, columns)
-                x = x.mT if shape[0] > shape[1] else x
-                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for linear, cubic, quintic in POLYNOMIALS:                      # singular values go to about 1
-                    a = x @ x.mT
-                    x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=cubic, alpha=quintic), x, beta=linear)
-                x = (x.mT if shape[0] > shape[1] else x).float()
-                torch._foreach_sub_(same, list(x.unbind()), alpha=0.2 * math.sqrt(max(shape)) * group["lr"])
+            for same in shapes.values():
+                self.update(same, group["lr"], group["momentum"])
+
+    def update(self, same, lr, momentum):
+        """A step for matrices of the same shape."""
+        for p in same:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads = [p.grad for p in same]
+        averages = [self.state[p]["momentum_buffer"] for p in same]
+        torch._foreach_lerp_(averages, grads, 1 - momentum)
+        ahead = torch._foreach_lerp(grads, averages, momentum)           # Nesterov's look ahead
+        x = torch.stack(ahead).bfloat16()                                # (n, rows, columns)
+        tall = x.shape[1] > x.shape[2]
+        x = x.mT if tall else x
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for linear, cubic, quintic in POLYNOMIALS:                       # singular values go to 1
+            a = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=cubic, alpha=quintic), x, beta=linear)
+        x = (x.mT if tall else x).float()
+        size = 0.2 * math.sqrt(max(same[0].shape))                       # that of AdamW's steps
+        torch._foreach_sub_(same, list(x.unbind()), alpha=size * lr)
 
 
 def make_optimizers(model, lr):
-    """Muon for the matrices inside the Transformer blocks, AdamW for all else, with one learning rate."""
-    inner = [p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2 and "adaln" not in name]
-    outer = [p for p in model.parameters() if all(p is not q for q in inner)]
-    return [Muon(inner, lr),
-            torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=outer[0].device.type != "mps")]
+    """Muon for the matrices of the blocks and the second one of the enrichment MLP, AdamW for
+    all else, with one learning rate."""
+    inner, outer = [], []
+    for name, p in model.named_parameters():
+        hidden = ".blocks." in name or ".local_mlp." in name
+        (inner if hidden and p.ndim == 2 and "adaln" not in name else outer).append(p)
+    fused = outer[0].device.type != "mps"
+    adamw = torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    return [Muon(inner, lr), adamw] if inner else [adamw]
 
 
-def share(parameters, extra, world):
-    """Average all gradients, and the few numbers `extra`, over the processes, in one message. Returns the average of extra.
-
-    DistributedDataParallel would need to search for the parameters of dropped bricks in every step; here they are simply
-    the ones without a gradient, which are the same in every process."""
+def average_gradients(parameters, extra, world):
+    """Average all gradients, and the few numbers `extra`, over the processes, in one message.
+    Returns the averages of `extra`. A gradient that this process lacks counts as zero: its part
+    of the batch may hold no image for some brick."""
     if world == 1:
         return extra
-    grads = [p.grad for p in parameters if p.grad is not None]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in parameters]
     flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(extra, device=grads[0].device)])
     dist.all_reduce(flat)
     flat /= world
@@ -624,270 +769,398 @@ def share(parameters, extra, world):
     return flat[-len(extra):].tolist()
 
 
+# ---- Held-out images -----------------------------------------------------------------
+
+
 @torch.no_grad()
-def held_out_loss(model, diffusion, data, autocast, count=512, batch=128):
-    """Loss of every brick on held-out images, at fixed noise: the quantiles of the training distribution of sigma. Returns the
-    losses (count, K) and sigma (count,)."""
-    images, labels = data.held(count)
-    g = generator("held-out")
-    sigma = diffusion.sigma_at((torch.randperm(len(images), generator=g) + .5) / len(images))
-    noise = torch.randn(images.shape, generator=g)
+def losses_at(model, diffusion, images, labels, sigma, noise, autocast, skip=(), batch=128):
+    """The losses (n, K) of every brick at given noise levels (n,) and noise: the squared error
+    of x0_hat with the weight of EDM, so that EDM and DDPM can be compared."""
     device, losses = next(model.parameters()).device, []
     for part in torch.arange(len(images)).split(batch):
-        x0, y, s, n = (t[part].to(device) for t in (images, labels, sigma, noise))
+        x0, y, s, eps = (t[part].to(device) for t in (images, labels, sigma, noise))
+        y = y if model.config.classes else None
         with autocast():
-            losses.append(diffusion.loss(model, x0, y if model.config.classes else None, sigma=s, noise=n)[1])
-    return torch.cat(losses).cpu(), sigma
+            losses.append(diffusion.loss(model, x0, y, sigma=s, noise=eps, skip=skip)[1].cpu())
+    ours, edm = diffusion.coefficients(sigma)[1], EDM().coefficients(sigma)[1]        # c_out
+    return torch.cat(losses) * ((ours / edm) ** 2)[:, None]
 
 
-def useful_levels(losses, sigma, tolerance=0.002):
-    """For every brick the lowest and highest sigma at which it is worth running, for `sample_tiny.py --skip auto`: leaving it out
-    below, and likewise above, raises the sum of the losses (n, K) by no more than `tolerance` of the last brick's. The first
-    brick is always worth it; a brick that never is gets (0, 0)."""
-    sigma, order = sigma.sort()
-    gains = (losses[:, :-1] - losses[:, 1:])[order] / losses[:, -1].sum()         # (n, K - 1): what each brick takes off
-    levels = [(0.0, math.inf)]
-    for gain in gains.T:
-        below, above = gain.cumsum(0), gain.flip(0).cumsum(0).flip(0)
-        worth = sigma[(below > tolerance) & (above > tolerance)].tolist() or [0.0]
-        levels.append((worth[0], worth[-1]))
-    return levels
+def last_brick(losses):
+    """The loss (n,) of the last brick that ran for each image, from losses (n, K) with NaN."""
+    last = losses.isnan().logical_not().cumsum(1).argmax(1, keepdim=True)
+    return losses.gather(1, last)[:, 0]
 
 
-def sample_sheet(model, diffusion, autocast):
-    """A picture of samples, a class in every column."""
-    config, n = model.config, 4 * sheet_columns(model.config.classes)
-    labels = torch.arange(n, device=next(model.parameters()).device) % config.classes if config.classes else None
+def quantile_levels(n):
+    """n noise levels in random order, at the quantiles of EDM's training distribution."""
+    order = torch.randperm(n, generator=generator("levels"))
+    return EDM().sigma_at((order + .5) / n)
+
+
+def held_out_losses(model, diffusion, data, autocast, count=512):
+    """The held-out loss as named columns: of every brick in its noise range, of the last brick,
+    the same by quarter of noise level, and at the high levels that decide the colours."""
+    images, labels = data.held(count)
+    noise = torch.randn(images.shape, generator=generator("held-out"))
+    sigma = quantile_levels(len(images))
+    losses = losses_at(model, diffusion, images, labels, sigma, noise, autocast)
+    last = last_brick(losses)
+    columns = {f"brick{k}": loss for k, loss in enumerate(losses.nanmean(0))}
+    columns["last"] = last.mean()
+    for i, quarter in enumerate(last[sigma.argsort()].chunk(4)):
+        columns[f"quarter{i + 1}"] = quarter.mean()
+    some = slice(128)
+    for level in (5.0, 10.0, 20.0):
+        sigma = torch.full((len(images[some]),), level)
+        losses = losses_at(model, diffusion, images[some], labels[some], sigma, noise[some], autocast)
+        columns[f"sigma{level:g}"] = last_brick(losses).mean()
+    return {name: float(loss) for name, loss in columns.items()}
+
+
+def useful_levels(model, diffusion, data, autocast, count=128, tolerance=0.005):
+    """For every brick the range [low, high) of sigma, with None for an open end, in which it is
+    worth running, for `sample_tiny.py --skip auto`.
+
+    It is measured by leaving bricks out, the most costly one first, at the low and the high end
+    of its range, as long as this adds no more than `tolerance` of the held-out loss to either."""
+    images, labels = data.held(count)
+    noise = torch.randn(images.shape, generator=generator("held-out"))
+    sigma, K = quantile_levels(len(images)).sort()[0], len(model.config.bricks)
+    works = model.config.active(sigma.log() / 4)                                 # (K, n)
+
+    @lru_cache(maxsize=None)
+    def loss_without(skip):
+        """The loss (n,) of what is left of the stack, infinite where nothing is."""
+        loss = torch.full((len(images),), math.inf)
+        left = works[[k for k in range(K) if k not in skip]].any(0)
+        if left.any():
+            losses = losses_at(model, diffusion, images[left], labels[left], sigma[left],
+                               noise[left], autocast, skip)
+            loss[left] = last_brick(losses)
+        return loss
+
+    skips, levels = [frozenset()] * len(images), {}
+    allowed = tolerance * loss_without(frozenset()).sum()
+    borders = [None, *(sigma[1:] * sigma[:-1]).sqrt().tolist(), None]
+    flops = model.flops(model.config.size, model.config.size)
+    for k in sorted(range(K), key=lambda k: -flops[k]):
+        added = [loss_without(skip | {k})[i] - loss_without(skip)[i] for i, skip in enumerate(skips)]
+        added = torch.stack(added)                                               # (n,)
+        below, above = added.cumsum(0), added.flip(0).cumsum(0).flip(0)
+        needed = ((below > allowed) & (above > allowed)).nonzero().flatten().tolist() or [0, -1]
+        first, end = needed[0], needed[-1] + 1
+        skips = [skip if first <= i < end else skip | {k} for i, skip in enumerate(skips)]
+        levels[k] = [borders[first], borders[end]] if end else [0.0, 0.0]
+    return [levels[k] for k in range(K)]
+
+
+# ---- The run -------------------------------------------------------------------------
+
+
+def sheet_of_samples(model, diffusion, autocast):
+    """A picture of samples, with a class in every column."""
+    config, device = model.config, next(model.parameters()).device
+    columns = sheet_columns(config.classes)
+    n = 4 * columns
+    labels = torch.arange(n, device=device) % config.classes if config.classes else None
+    generators = [generator(0, i) for i in range(n)]
     with autocast():
-        images = diffusion.sample(model, (n, config.channels, config.size, config.size), labels,
-                                  generator=[generator(0, i) for i in range(n)], clip=True)
-    return picture(to_bytes(images), n // 4)
+        shape = n, config.channels, config.size, config.size
+        images = diffusion.sample(model, shape, labels, generator=generators, clip=True)
+    return picture(to_bytes(images), columns)
 
 
 def ignore_signals(worker):
-    for number in (signal.SIGINT, signal.SIGTERM):      # they often reach the whole group; the trainer decides what they mean
+    """A signal often reaches the whole group of processes, but the trainer alone decides."""
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Trainer:
-    """A run: network, weight average, optimizers and counters, made from the settings `s` and the checkpoint to resume."""
+    """A run: network, weight average, optimizers and counters, made from the settings `s` and the
+    checkpoint `state` to resume, for process `rank` of `world`."""
 
-    def __init__(self, s, state, rank, world):
+    def __init__(self, s, state=None, rank=0, world=1, block=Block):
         self.s, self.rank, self.world = s, rank, world
         self.device = pick_device(s.device)
         self.autocast = pick_precision(s.precision, self.device)
-        if world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        first = os.environ.get("LOCAL_RANK", "0") == "0"        # on this machine: it downloads, the others then find the files
-        if world > 1 and not first:
-            dist.barrier()
-        self.data = load_data(s.dataset, s.data_dir, s.size)
-        if world > 1 and first:
-            dist.barrier()
-        self.config = state["config"] if state else make_config(s, self.data)
-        self.fractions, self.drops = shares(s, self.config)
+        self.data = self.load_data()
         self.diffusion = OBJECTIVES[s.objective]()
+        self.config = state["config"] if state else make_config(s, self.data)
+        self.diffusion.rows(self.config, s.batch)       # a ValueError if a brick gets no images
+        K = len(self.config.bricks)
+        self.fractions = default_fractions(self.config)
+        if s.region_fraction is not None:
+            self.fractions = numbers("region-fraction", s.region_fraction, K, .001, 1)
+        self.drops = numbers("brick-drop", s.brick_drop, K, 0, .9)
         torch.manual_seed(s.seed)
-        self.model = Lego(self.config).to(self.device)
-        self.model.info = dict(objective=s.objective, dataset=self.data.name, classes=self.data.classes)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.parameters, self.averages = list(self.model.parameters()), list(self.ema.parameters())
+        self.model = Lego(self.config, block).to(self.device)
+        info = dict(objective=s.objective, dataset=self.data.name, classes=self.data.classes)
+        self.model.info = info
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.parameters = list(self.model.parameters())
+        self.averages = list(self.average.parameters())
         self.optimizers = make_optimizers(self.model, s.lr)
-        self.step, self.seconds, self.unsound, K = 0, 0.0, 0, len(self.config.bricks)
-        self.sums = torch.zeros(2, 1 + K + 3, device=self.device)               # sums and counts since the log's last line
-        self.edges = self.diffusion.sigma_at(torch.tensor([1 / 3, 2 / 3])).to(self.device)
+        self.step, self.saved_step, self.seconds, self.left_out = 0, 0, 0.0, 0
+        self.sums = torch.zeros(2, K + 4, device=self.device)   # and counts, since the last log line
+        thirds = self.diffusion.sigma_at(torch.tensor([1 / 3, 2 / 3]))
+        self.thirds = thirds.to(self.device)
         if state:
-            if state["info"]["classes"] != self.data.classes:
-                raise ValueError(f"the run to resume knows the classes {state['info']['classes']}, found {self.data.classes}")
-            try:
-                self.ema.load_state_dict(state["weights"])
-                self.model.load_state_dict(state["train"]["weights"])
-                for optimizer, stored in zip(self.optimizers, state["train"]["optimizers"], strict=True):
-                    optimizer.load_state_dict(stored)
-                self.step, self.seconds, self.unsound = (state["info"][key] for key in ("step", "seconds", "unsound"))
-                self.sums = state["train"]["sums"].to(self.device)
-            except (RuntimeError, KeyError, TypeError) as error:
-                raise ValueError(f"the checkpoint in {s.resume} does not hold a whole run of this stack ({error})") from error
-        if s.compile:               # the blocks only: they share their code, which is then compiled once, not once a brick
-            for block in itertools.chain.from_iterable(brick.blocks for brick in self.model.bricks):
-                block.compile()
-        self.began, self.stop = time.perf_counter() - self.seconds, False       # stop: a signal asked for it
-        print(self.model.table())
-        words = [", ".join(f"{value:.3g}" for value in values) for values in (self.fractions, self.drops)]
-        print(f"training on the share {words[0]} of each brick's regions, leaving bricks out with chance {words[1]}")
+            self.restore(state, block)
+        if s.compile:               # the blocks only: they share their code, so one compilation does
+            for brick in self.model.bricks:
+                for each in brick.blocks:
+                    each.compile()
+        self.began = time.perf_counter() - self.seconds
+        self.stop = False           # whether a signal asked for it
+
+    def load_data(self):
+        """The data set. On each machine the first process downloads, then the others look."""
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if self.world > 1 and not first:
+            dist.barrier()
+        data = load_data(self.s.dataset, self.s.data_dir, self.s.size)
+        if self.world > 1 and first:
+            dist.barrier()
+        return data
+
+    def restore(self, state, block):
+        """Go on from a checkpoint. ValueError if it does not hold a run of this stack and data."""
+        info, train = state["info"], state["train"]
+        if info["classes"] != self.data.classes:
+            raise ValueError(f"the run to resume knows the classes {info['classes']}, found "
+                             f"{self.data.classes}")
+        if state["block"] != block.__name__:
+            raise ValueError(f"the run to resume has blocks of the class {state['block']}, not "
+                             f"{block.__name__}: pass that class as `block`")
+        try:
+            self.average.load_state_dict(state["weights"])
+            self.model.load_state_dict(train["weights"])
+            for optimizer, stored in zip(self.optimizers, train["optimizers"], strict=True):
+                optimizer.load_state_dict(stored)
+            self.step, self.seconds, self.left_out = info["step"], info["seconds"], info["left_out"]
+            self.sums = train["sums"].to(self.device)
+            self.saved_step, self.model.info = self.step, info
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the checkpoint in {self.s.resume} does not hold a whole run of this "
+                             f"stack ({error})") from error
 
     def batches(self):
-        """This process's batches from the current step on, without end, made ahead of time by worker processes: one keeps a CPU
+        """This process's batches from the current step on, made ahead by workers. One keeps a CPU
         busy, but a GPU is faster than one can draw landscapes."""
-        mine = slice(self.rank * self.s.batch // self.world, (self.rank + 1) * self.s.batch // self.world)
-        flip = self.data.flip if self.s.flip is None else self.s.flip
-        batch = partial(self.data.batch, self.s.seed, count=self.s.batch, mine=mine, flip=flip)     # a function of the step
-        return torch.utils.data.DataLoader(range(self.step, 1 << 60), batch_size=None, collate_fn=batch,
-                                           num_workers=1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1),
-                                           prefetch_factor=8, worker_init_fn=ignore_signals,
-                                           pin_memory=self.device.type == "cuda")
+        s, workers = self.s, 1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        flip = self.data.flip if s.flip is None else s.flip
+        batch = partial(self.data.batch, s.seed, count=s.batch, rank=self.rank, world=self.world,
+                        flip=flip)
+        return torch.utils.data.DataLoader(
+            range(self.step, 1 << 60), batch_size=None, collate_fn=batch, num_workers=workers,
+            prefetch_factor=8, worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda")
 
     def gradients(self, x0, labels):
-        """Forward and backward pass; returns the losses (B, K) and the noise levels (B,)."""
-        s = self.s
-        x0, labels = x0.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        with self.autocast():
+        """A forward and a backward pass. Returns the losses (B, K) and the noise levels (B,)."""
+        x0 = x0.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True) if self.config.classes else None
+        with self.autocast():           # batches come in random order, so no shuffling in the loss
             loss, losses, sigma = self.diffusion.loss(
-                self.model, x0, labels if self.config.classes else None, region_fraction=self.fractions, brick_drop=self.drops,
-                label_drop=s.label_drop, supervise_all="supervision" not in s.without,
-                generator=generator(s.seed, "noise", self.step), shard=(self.rank, self.world))
+                self.model, x0, labels, region_fraction=self.fractions, brick_drop=self.drops,
+                label_drop=LABEL_DROP, supervise_all="supervision" not in self.s.without,
+                shuffle=False, generator=generator(self.s.seed, "noise", self.step),
+                shard=(self.rank, self.world))
         loss.backward()
         return losses, sigma
 
-    @torch.no_grad()                        # else the average would carry the graph of all steps before
+    @torch.no_grad()
     def update(self, progress):
-        """One step of both optimizers and of the weight average. Returns whether any process was asked to stop."""
-        s = self.s
-        # The processes follow one clock and stop together: their average rides along with the gradients.
-        self.seconds, stop = share(self.parameters, [time.perf_counter() - self.began, float(self.stop)], self.world)
-        sound = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite().item()
-        self.unsound += not sound
-        warm_up, decay = (progress + 1e-3) / 0.02, (1 - progress) / 0.4         # rises for a fiftieth, falls for the last 0.4
+        """A step of both optimizers and of the weight average. Returns whether some process was
+        asked to stop: the processes follow one clock and stop together."""
+        s, clock = self.s, time.perf_counter() - self.began
+        self.seconds, stop = average_gradients(self.parameters, [clock, float(self.stop)], self.world)
+        finite = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite().item()
+        warm_up, decay = (progress + 1e-3) / 0.02, (1 - progress) / 0.4
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * max(0.01, min(1, warm_up, decay))
-            if sound:                   # else some number overflowed: this batch teaches nothing and must poison nothing
+            if finite:                  # a batch that overflowed must not poison the weights
                 optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        half_life = min(s.ema_images, 0.05 * self.step * s.batch)               # as in the released code
-        if sound:
-            torch._foreach_lerp_(self.averages, self.parameters, 1 - 0.5 ** (s.batch / half_life))
+        self.left_out += not finite
+        half_life = min(EMA_IMAGES, 0.05 * self.step * s.batch)          # as in the released code
+        if finite:
+            weight = 1 - 0.5 ** (s.batch / half_life)
+            torch._foreach_lerp_(self.averages, self.parameters, weight)
         return stop > 0
 
     def advance(self, x0, labels, progress):
-        """A whole step, added to the sums for the log. Returns whether to stop."""
+        """A whole step, whose losses are added up for the log. Returns whether to stop."""
         losses, sigma = self.gradients(x0, labels)
         stop = self.update(progress)
-        each = losses.nanmean(1, keepdim=True)                                  # (B, 1)
-        level = (sigma[:, None] > self.edges).sum(1, keepdim=True)              # (B, 1): 0 low, 1 middle, 2 high noise
-        cells = torch.cat([each, losses, each.where(level == torch.arange(3, device=self.device), torch.nan)], 1)
+        mean = losses.nanmean(1, keepdim=True)                           # (B, 1), over the bricks
+        third = (sigma[:, None] > self.thirds).sum(1, keepdim=True)      # 0 low, 1 middle, 2 high
+        by_level = mean.where(third == torch.arange(3, device=self.device), torch.nan)
+        cells = torch.cat([mean, losses, by_level], 1)                   # (B, 1 + K + 3)
         self.sums += torch.stack([cells.nansum(0), (~cells.isnan()).sum(0)])
         return stop
 
-    def open_logs(self, out):
-        """Write the head of both logs, keeping the lines of the run to resume up to its checkpoint."""
-        bricks = [f"brick{k}" for k in range(len(self.config.bricks))]
-        for name, columns in {"log.csv": ["loss", *bricks, "low", "middle", "high"], "held_out.csv": bricks}.items():
-            old = (out / name).read_text().splitlines()[1:] if self.step and (out / name).exists() else []
-            lines = [",".join(["step", "images", "seconds", *columns])]
-            lines += [line for line in old if line.count(",") == lines[0].count(",") and int(line.split(",")[0]) <= self.step]
-            write_aside(out / name, lambda file: file.write("\n".join(lines + [""]).encode()))
+    def open_log(self, path, columns):
+        """Write the head of a log; a run that is resumed keeps its lines up to the checkpoint."""
+        lines = [",".join(["step", "images", "seconds", *columns])]
+        if self.step and path.exists():
+            for line in path.read_text().splitlines()[1:]:
+                whole = line.count(",") == lines[0].count(",")
+                if whole and int(line.split(",")[0]) <= self.step:
+                    lines.append(line)
+        write_aside(path, lambda file: file.write("\n".join(lines + [""]).encode()))
 
-    def log(self, path, numbers):
-        if self.rank == 0:
-            with open(path, "a") as file:
-                file.write(f"{self.step},{self.step * self.s.batch},{self.seconds:.1f},"
-                           + ",".join(f"{n:.5f}" for n in numbers) + "\n")
+    def log(self, path, values):
+        """Add a line to a log."""
+        head = f"{self.step},{self.step * self.s.batch},{self.seconds:.1f},"
+        with open(path, "a") as file:
+            file.write(head + ",".join(f"{value:.5f}" for value in values) + "\n")
 
-    def save(self, out):
-        """Checkpoint, held-out loss and sample picture, by the first process."""
-        if self.rank == 0:
-            losses, sigma = held_out_loss(self.ema, self.diffusion, self.data, self.autocast)
-            self.model.info |= dict(step=self.step, images=self.step * self.s.batch, seconds=self.seconds,
-                                    settings=vars(self.s), unsound=self.unsound, useful=useful_levels(losses, sigma))
-            held_out = losses.mean(0).tolist()
-            self.log(out / "held_out.csv", held_out)            # first: what is ahead of the checkpoint is cut when resumed
-            save_checkpoint(out / "checkpoint.pt", self.model, weights=self.ema.state_dict(), train=dict(
-                weights=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers], sums=self.sums))
-            save_picture(sample_sheet(self.ema, self.diffusion, self.autocast), out / f"samples-{self.step:07d}.png")
-            tqdm.write(f"step {self.step}, {self.seconds / 60:.1f} min: held-out loss " + ", ".join(f"{h:.4f}" for h in held_out))
+    def save(self, out, last):
+        """Held-out loss, checkpoint and a picture of samples, and at the `last` save of a run
+        also where each brick is useful."""
+        measured = self.average, self.diffusion, self.data, self.autocast
+        columns = held_out_losses(*measured)
+        info = self.model.info
+        info.update(step=self.step, images=self.step * self.s.batch, seconds=self.seconds,
+                    settings=vars(self.s), left_out=self.left_out)
+        if last:
+            info["useful"] = useful_levels(*measured)
+        if self.step > self.saved_step:     # first, since lines beyond a checkpoint are cut off later
+            self.log(out / "held_out.csv", columns.values())
+        self.saved_step = self.step
+        save_checkpoint(out / "checkpoint.pt", self.model, self.average.state_dict(), train=dict(
+            weights=self.model.state_dict(), sums=self.sums,
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers]))
+        sheet = sheet_of_samples(self.average, self.diffusion, self.autocast)
+        save_picture(sheet, out / f"samples-{self.step:07d}.png")
+        bricks = ", ".join(f"{columns[f'brick{k}']:.4f}" for k in range(len(self.config.bricks)))
+        tqdm.write(f"step {self.step}, {self.seconds / 60:.1f} min: held-out loss {columns['last']:.4f}; "
+                   f"each brick in its range {bricks}")
 
     def fit(self, out):
         """Train until the budget is spent or a signal comes."""
-        s, saved, saved_step, stopped = self.s, self.seconds, self.step, False
-        if self.rank == 0:
+        s, speaks, stopped = self.s, self.rank == 0, False
+        saved = self.seconds
+        if speaks:
+            bricks = [f"brick{k}" for k in range(len(self.config.bricks))]
+            levels = ["quarter1", "quarter2", "quarter3", "quarter4", "sigma5", "sigma10", "sigma20"]
             out.mkdir(parents=True, exist_ok=True)
-            self.open_logs(out)
+            self.open_log(out / "log.csv", ["loss", *bricks, "low", "middle", "high"])
+            self.open_log(out / "held_out.csv", [*bricks, "last", *levels])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(self, "stop", True))
-        with tqdm(initial=self.step, total=s.steps, unit="step", disable=self.rank > 0) as bar:
+        with tqdm(initial=self.step, total=s.steps, unit="step", disable=not speaks) as bar:
             for x0, labels in self.batches():
                 progress = self.step / s.steps if s.steps else self.seconds / (60 * s.minutes)
                 if progress >= 1 or stopped:
                     break
                 stopped = self.advance(x0, labels, progress)
                 bar.update()
+                if self.step % LOG_EVERY == 0 and speaks:
+                    means = (self.sums[0] / self.sums[1]).tolist()
+                    self.log(out / "log.csv", means)
+                    bar.set_postfix_str(f"loss {means[0]:.4f}, "
+                                        f"{self.step * s.batch / self.seconds:.0f} images/s")
                 if self.step % LOG_EVERY == 0:
-                    mean = (self.sums[0] / self.sums[1]).tolist()               # nan where a brick or noise level did not occur
                     self.sums.zero_()
-                    self.log(out / "log.csv", mean)
-                    left = (s.steps - self.step) * self.seconds / self.step if s.steps else 60 * s.minutes - self.seconds
-                    bar.set_postfix_str(f"loss {mean[0]:.4f}, {self.step * s.batch / self.seconds:.0f} images/s, "
-                                        f"{left / 60:.1f} min left")
                 if self.seconds - saved > 60 * s.save_minutes:
-                    self.save(out)
-                    saved, saved_step = time.perf_counter() - self.began, self.step         # counted from the end of this one
-        if self.step > saved_step:
-            self.save(out)
-        rate = self.step * s.batch / max(self.seconds, 1e-9)
-        print(f"{'stopped' if stopped else 'done'} at step {self.step} after {self.seconds:.0f} s, {rate:.0f} images/s, peak memory "
-              f"{peak_memory(self.device):.0f} MB"
-              + (f"; {self.unsound} steps had gradients that were not finite and were left out" if self.unsound else ""))
+                    if speaks:
+                        self.save(out, last=False)
+                    saved = time.perf_counter() - self.began
+        if speaks and (self.step > self.saved_step or "useful" not in self.model.info):
+            self.save(out, last=True)
+        self.say_goodbye(out, stopped)
+
+    def say_goodbye(self, out, stopped):
+        """What was done, and the command that comes next."""
+        rate = self.step * self.s.batch / max(self.seconds, 1e-9)
+        print(f"{'stopped' if stopped else 'done'} at step {self.step} after {self.seconds:.0f} s, "
+              f"{rate:.0f} images/s, peak memory {peak_memory(self.device):.0f} MB")
+        if self.left_out:
+            print(f"{self.left_out} steps had gradients that were not finite and were left out")
         print(f"go on with: python train_tiny.py --resume {out}" if stopped else
               f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}")
 
     def bench(self, rounds=20):
-        """A table of the time of a step, by precision, by share of regions, and without the bricks that most steps leave out. All
-        cases take turns in random order, so that a slow moment of the machine is slow for all, and each step is followed by a
-        matrix product of 2048^3, the best of three, of whose speed it reaches a share."""
-        batches, own, tokens, every = iter(self.batches()), self.fractions, image_tokens(self.config), [0.] * len(self.drops)
-        cases = [("bf16", own, [float(chance > 0) for chance in self.drops])] if any(self.drops) else []
-        cases += [("bf16", own, every), ("fp32", own, every)]
-        cases += [("bf16", [min(1, times * min(tokens) / n) for n in tokens], every) for times in (2, 4)]
-        contexts = {p: pick_precision(p, self.device) for p in ("bf16", "fp32")}
+        """A table of the time of a step. All cases take turns in random order, so that a slow moment
+        of the machine is slow for all, and each turn is followed by a matrix product of 2048^3,
+        the best of three, of whose speed the step reaches a share."""
+        own, regions, K = self.model, self.fractions, len(self.config.bricks)
+        bricks = tuple(replace(b, noise=(None, None)) for b in self.config.bricks)
+        everywhere = Lego(replace(self.config, bricks=bricks), own.block).to(self.device)
+        cases = {"as trained, bf16": ("bf16", own, regions),
+                 "as trained, fp32": ("fp32", own, regions),
+                 "all regions, bf16": ("bf16", own, [1.0] * K),
+                 "all noise levels, bf16": ("bf16", everywhere, regions)}
+        contexts = {name: pick_precision(name, self.device) for name in ("bf16", "fp32")}
         square = torch.randn(2048, 2048, device=self.device)
-        squares, flops, rows = dict(bf16=square.bfloat16(), fp32=square), [], [[] for _ in cases]
-        for i in range(rounds + 2):                                             # the first two count FLOPs and warm up
-            for k in np.random.default_rng(i).permutation(len(cases)) if i else range(len(cases)):
-                (precision, self.fractions, self.drops), row, images = cases[k], rows[k], next(batches)
+        squares = {"bf16": square.bfloat16(), "fp32": square}
+        batches, flops, times = iter(self.batches()), {}, {name: [] for name in cases}
+        for i in range(rounds + 2):                     # the first two count FLOPs and warm up
+            for name in np.random.default_rng(i).permutation(list(cases)):
+                precision, self.model, self.fractions = cases[name]
                 self.autocast, square = contexts[precision], squares[precision]
+                images = next(batches)
                 with nullcontext() if i else FlopCounterMode(display=False) as counter:
-                    compute = timed(lambda: self.gradients(*images), self.device)
+                    step = timed(lambda: self.gradients(*images), self.device)
+                flops.setdefault(name, counter and counter.get_total_flops())
                 update = timed(lambda: self.update(.5), self.device)
-                peak = 2 * 2048 ** 3 / min(timed(lambda: square @ square, self.device) for _ in range(3))
-                flops += [] if i else [counter.get_total_flops()]
-                row += [(compute, update, compute + update, peak)] if i > 1 else []
-        print(f"\nmilliseconds a step of {self.s.batch} images: median (10% to 90%) of {rounds}, in random turns; share of the speed of a "
-              "matrix product of 2048^3 in the same precision\n"
-              "precision  regions          forward, backward     optimizers   whole step   images/s   GFLOP/s   share")
-        for (precision, fractions, drops), count, row in zip(cases, flops, rows):
-            compute, update, whole, peak = np.array(row).T
-            low, middle, high = np.quantile(1000 * compute, [.1, .5, .9])
-            regions = " ".join("-" if drop else f"{f:.3g}" for f, drop in zip(fractions, drops))
-            print(f"{precision:<9}  {regions:<15}  {middle:6.0f} ({low:.0f} to {high:.0f})"
-                  f"{1000 * np.median(update):>13.0f}{1000 * np.median(whole):>13.0f}{self.s.batch / np.median(whole):>11.0f}"
-                  f"{count * self.world / np.median(whole) / 1e9:>10.0f}{np.median(count / whole / peak):>8.1%}")
-        print(f"{4 * sum(p.numel() for p in self.parameters) / 1e6:.1f} MB of gradients to average between processes; peak memory "
+                product = min(timed(lambda: square @ square, self.device) for _ in range(3))
+                if i > 1:
+                    times[name].append((1000 * step, 1000 * update, 2 * 2048 ** 3 / product))
+        print(f"\na step of {self.s.batch} images: forward and backward pass in ms, median (10% to 90%) of "
+              f"{rounds}, cases in random turns; share of the speed of a matrix product of 2048^3\n"
+              f"case                         ms                   GFLOPs   GFLOP/s   share")
+        for name, rows in times.items():
+            step, update, peak = np.array(rows).T
+            low, middle, high = np.quantile(step, [.1, .5, .9])
+            speed = flops[name] / (step / 1000)
+            print(f"{name:<23}{middle:>8.1f} ({low:.1f} to {high:.1f}){flops[name] / 1e9:>12.2f}"
+                  f"{np.median(speed) / 1e9:>10.0f}{np.median(speed / peak):>8.1%}")
+            if self.model is own or name.startswith("as trained, bf16"):
+                optimizers = np.median(update)
+        print(f"the optimizers take {optimizers:.1f} ms; {4 * sum(p.numel() for p in own.parameters()) / 1e6:.1f}"
+              f" MB of gradients to average between processes; peak memory "
               f"{peak_memory(self.device):.0f} MB")
 
 
-def main():
-    s, state = read_flags()
+def main(arguments=None, block=Block):
+    """Train as the command line says, or as a list of `arguments` does. From Python, a stack of
+    your own blocks is trained by main(["--minutes", "1"], block=MyBlock)."""
+    s, state = read_flags(arguments)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if s.batch % world:
-        raise ValueError(f"--batch {s.batch} cannot be shared by {world} processes: take a multiple of {world}")
+        raise ValueError(f"--batch {s.batch} cannot be shared by {world} processes: take a multiple "
+                         f"of {world}")
     if world > 1 and s.device in ("auto", "cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))        # "cuda" now means this one
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # what "cuda" now means
     if rank:
-        sys.stdout = open(os.devnull, "w")              # one process speaks
+        sys.stdout = open(os.devnull, "w")                               # one process speaks
     if s.out is None:
-        name = Path(os.path.abspath(s.dataset)).stem                # so that "." and ".." have one
-        runs = (Path("runs", name + f"-{i}" * (i > 1)) for i in itertools.count(1))
-        s.out = str(next(run for run in runs if not (run / "checkpoint.pt").exists()))
-    if not state and (Path(s.out) / "checkpoint.pt").exists():
-        raise ValueError(f"{s.out} holds a run already: continue it with --resume {s.out}, or choose another --out")
-    trainer = Trainer(s, state, rank, world)
+        name, number = Path(os.path.abspath(s.dataset)).stem, 1          # so that "." has one
+        s.out = f"runs/{name}"
+        while Path(s.out, "checkpoint.pt").exists():
+            number += 1
+            s.out = f"runs/{name}-{number}"
+    if not state and Path(s.out, "checkpoint.pt").exists():
+        raise ValueError(f"{s.out} holds a run already: continue it with --resume {s.out}, or choose "
+                         f"another --out")
+    trainer = Trainer(s, state, rank, world, block)
+    sigmas = [sigma for _, sigma in trainer.diffusion.evaluations()]
+    print(table(trainer.model, sigmas))
+    fractions = ", ".join(f"{fraction:.3g}" for fraction in trainer.fractions)
+    print(f"each brick trains on this share of its regions: {fractions}")
     try:
         trainer.bench() if s.bench else trainer.fit(Path(s.out))
     except OSError as error:
-        raise ValueError(f"cannot write to {s.out} ({error}). A checkpoint saved before is whole: make room and go on with "
-                         f"--resume {s.out}") from error
+        raise ValueError(f"cannot write to {s.out} ({error}). A checkpoint saved before is whole: make "
+                         f"room and go on with --resume {s.out}") from error
     if world > 1:
         dist.destroy_process_group()
 
