@@ -4,17 +4,18 @@ Zheng et al., "Learning Stackable and Skippable LEGO Bricks for Efficient, Recon
 and Variable-Resolution Diffusion Modeling", ICLR 2024 (arXiv 2310.06389) is "the paper"
 below, the authors' repository is "the released code", and what we chose is "ours".
 
-A LEGO network is a stack of bricks. Every brick sees the noisy image x and the estimate z
-of the brick before it. It cuts both into regions and each region into patches, turns every
-patch into a token, lets the tokens of a region attend to each other, and hands on a new z
-at full resolution. All bricks estimate the same thing, so any of them can be left out: z
-then passes it by. Ours: a brick may also state the noise levels at which it works. Outside
-this range it is skipped in training and sampling alike, and costs nothing.
-
 Symbols: x0 is a clean image in [-1, 1], sigma a noise level, eps unit noise, x = x0 + sigma
-eps the noisy image, F the raw output of the network (which z holds), c the condition (noise
-level and label). Shapes: B images, C channels, H x W pixels, R regions an image, N tokens a
-region, p x p pixels a patch, width D, K bricks.
+eps the noisy image, x0_hat an estimate of x0, F the raw output of the network (from which
+x0_hat = c_skip x + c_out F), c the condition (noise level and label). Shapes: B images, C
+channels, H x W pixels, R regions an image, N tokens a region, p x p pixels a patch, width D,
+K bricks. A canvas is an image of any size, of that in training or another.
+
+A LEGO network is a stack of bricks. Every brick sees the noisy image x and z, the estimate of
+F by the brick before it (zeros before the first). It cuts both into regions and each region
+into patches, turns every patch into a token, lets the tokens of a region attend to each
+other, and hands on a new z at full resolution. All bricks estimate the same F, so any of them
+can be left out: z then passes it by. Ours: a brick may also state the noise levels at which
+it works. Outside of them it is skipped, in training and sampling alike, and costs nothing.
 
 SPDX-License-Identifier: MIT
 """
@@ -27,8 +28,9 @@ import math
 import os
 import re
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -42,23 +44,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class BrickSpec:
-    """One brick: `region` is the side of its regions in pixels, `patch` that of a patch,
-    `depth` its number of Transformer blocks, and `noise` the half-open range (low, high) of
-    sigma in which it works, with None for an open end. ValueError if they do not fit."""
-    region: int
-    patch: int
-    depth: int
-    noise: tuple = (None, None)
+    """One brick. Numbers that do not fit raise a ValueError that names the remedy."""
+    region: int                     # side of its regions in pixels
+    patch: int                      # side of its patches in pixels
+    depth: int                      # number of its Transformer blocks
+    noise: tuple = (0.0, math.inf)  # it works at low <= sigma < high; None is an open end
 
     def __post_init__(self):
         check_whole_numbers(self, region=1, patch=1, depth=1)
         if self.region % self.patch:
             fits = math.ceil(self.region / self.patch) * self.patch
-            raise ValueError(f"region {self.region} is not a multiple of patch {self.patch}; "
+            raise ValueError(f"patches of {self.patch} do not fill region {self.region}; "
                              f"take region {fits}")
-        if self.tokens > 256 ** 2:
-            raise ValueError(f"{self.tokens} tokens per region are too many; "
-                             f"take patch {math.ceil(self.region / 256)} or larger")
+        if self.tokens > 256 ** 2:              # no machine has the memory for such attention
+            raise ValueError(f"{self.tokens} tokens per region are too many; take larger patches")
         low, high = self.noise
         low, high = float(low or 0), math.inf if high is None else float(high)
         if not 0 <= low < high:
@@ -66,8 +65,8 @@ class BrickSpec:
         object.__setattr__(self, "noise", (low, high))
 
     def __str__(self):
-        range_ = "" if self.noise == (0, math.inf) else f"@{self.noise_range}"
-        return f"{self.region}/{self.patch}x{self.depth}{range_}"
+        noise = f"@{self.noise_range}".removesuffix("@:")
+        return f"{self.region}/{self.patch}x{self.depth}{noise}"
 
     @property
     def noise_range(self):
@@ -88,29 +87,18 @@ class BrickSpec:
 
 @dataclass(frozen=True)
 class LegoConfig:
-    """A whole network; ValueError, with the remedy, if its parts do not fit together.
-
-    bricks: BrickSpecs in running order. At every noise level some brick must work.
-    width, heads: the width D and the attention heads of all Transformer blocks.
-    channels, classes: those of the images; 0 classes make an unconditional network.
-    size: the side of the training images in pixels (default: the largest region).
-    mlp_ratio: the width of a block's MLP over D.
-    local_mlp: an MLP enriches each patch (paper), rather than a linear map (released code).
-    residual: a brick adds a correction to z (ours), rather than replacing z.
-    detach: no gradient flows back through z (ours), so each brick learns from its own loss.
-    released: all else that the released network does: coordinates stretched over the canvas,
-    GELU by tanh (ours is exact), time features of ln(sigma)/4 (ours see ln(sigma))."""
-    bricks: tuple
-    width: int
-    heads: int
+    """A whole network. Parts that do not fit raise a ValueError that names the remedy."""
+    bricks: tuple               # of BrickSpecs, or dictionaries of their fields, in running order
+    width: int                  # D, of all Transformer blocks
+    heads: int                  # of all attention
     channels: int = 3
-    classes: int = 0
-    size: int | None = None
-    mlp_ratio: int = 4
-    local_mlp: bool = True
-    residual: bool = True
-    detach: bool = True
-    released: bool = False
+    classes: int = 0            # 0 makes an unconditional network
+    size: int | None = None     # side of the training images (None: the largest region)
+    mlp_ratio: int = 4          # width of a block's MLP over D
+    local_mlp: bool = True      # True: an MLP makes a token (paper). False: one linear map
+    residual: bool = True       # True: a brick adds to z (ours). False: it replaces z
+    detach: bool = True         # True: no gradient flows back through z (ours)
+    released: bool = False      # True: the coordinates, GELU and time features of released code
 
     def __post_init__(self):
         bricks = tuple(b if isinstance(b, BrickSpec) else BrickSpec(**b) for b in self.bricks)
@@ -120,28 +108,30 @@ class LegoConfig:
         if self.size is None:
             object.__setattr__(self, "size", max(b.region for b in bricks))
         check_whole_numbers(self, width=4, heads=1, channels=1, classes=0, size=1, mlp_ratio=1)
-        step = math.lcm(4, self.heads)
+        step = math.lcm(4, self.heads)          # 4: sine and cosine of row and column
         if self.width % step:
-            raise ValueError(f"width {self.width} must be a multiple of 4 and of {self.heads} heads; "
-                             f"take width {math.ceil(self.width / step) * step}")
+            fits = math.ceil(self.width / step) * step
+            raise ValueError(f"{self.heads} heads and 4 must divide width {self.width}; take width {fits}")
         reached = 0.0
-        for low, high in sorted(b.noise for b in bricks) + [(math.inf, math.inf)]:
+        top = [(math.inf, math.inf)]            # an empty range, which shows a gap below infinity
+        for low, high in sorted(b.noise for b in bricks) + top:
             if low > reached:
-                raise ValueError(f"no brick works at sigma {reached:g} to {low:g}; "
-                                 f"widen the noise range of one to cover it")
+                raise ValueError(f"no brick works at sigma {reached:g} to {low:g}: widen a noise range")
             reached = max(reached, high)
 
     @classmethod
     def parse(cls, stack, **settings):
         """The config of a stack such as "32/4x6@0.3: 32/4x6@:0.4 16/2x4@:0.4": for each brick
-        region/patch x depth and, after an @, its noise range low:high in sigma."""
-        number, bricks = r"(\d+\.?\d*|\.\d+)?", []
+        region/patch x depth and, after an @, its noise range low:high in sigma. `settings` are
+        the other fields of the config."""
+        number = r"(\d*\.?\d+(?:e[+-]?\d+)?)?"
+        bricks = []
         for word in stack.split():
             match = re.fullmatch(rf"(\d+)/(\d+)x(\d+)(?:@{number}:{number})?", word)
             if not match:
-                raise ValueError(f"cannot read brick {word!r}: write region/patch x depth without "
-                                 f"spaces, such as 32/4x6, with a noise range 16/2x4@0.1:0.4")
-            noise = tuple(end and float(end) for end in match.groups()[3:])
+                raise ValueError(f"cannot read brick {word!r}: write region/patch x depth, such as "
+                                 f"32/4x6, or with a noise range 16/2x4@0.1:0.4")
+            noise = tuple(None if end is None else float(end) for end in match.groups()[3:])
             bricks.append(BrickSpec(*map(int, match.groups()[:3]), noise))
         return cls(tuple(bricks), **settings)
 
@@ -154,29 +144,29 @@ class LegoConfig:
     def __str__(self):
         return " ".join(map(str, self.bricks))
 
-    def kept(self, skip):
-        """The indices of the bricks not in `skip`; ValueError if none is left or one unknown."""
+    def checked(self, skip):
+        """The set of brick indices in `skip`; ValueError if one is unknown, or all are skipped."""
         skip, K = set(skip), len(self.bricks)
         if not skip <= set(range(K)):
-            raise ValueError(f"cannot skip brick {sorted(skip - set(range(K)))}: "
-                             f"this stack has bricks 0 to {K - 1}")
+            unknown = sorted(skip - set(range(K)))
+            raise ValueError(f"cannot skip brick {unknown}: this stack has bricks 0 to {K - 1}")
         if len(skip) == K:
             raise ValueError(f"cannot skip all {K} bricks: leave at least one")
-        return [k for k in range(K) if k not in skip]
+        return skip
 
     def active(self, c_noise, skip=()):
         """Which bricks run on which images, bool (K, B), for c_noise = ln(sigma)/4, (B,).
         ValueError if `skip` leaves an image without a brick."""
-        kept = self.kept(skip)
         works = torch.stack([spec.works_at(c_noise) for spec in self.bricks])        # (K, B)
-        alone = ~works[kept].any(0)                                                  # (B,)
-        if alone.any():
-            sigma = (4 * c_noise[alone]).exp()
-            cover = works[:, alone].any(1).nonzero().flatten().tolist()
-            raise ValueError(f"no brick is left at sigma {sigma.min():.3g} to {sigma.max():.3g} when "
-                             f"{sorted(skip)} are skipped: keep one of {cover} there")
-        works[sorted(skip)] = False
-        return works
+        runs = works.clone()
+        runs[list(self.checked(skip))] = False
+        bare = ~runs.any(0)                     # (B,), the images that are left without a brick
+        if bare.any():
+            sigma = (4 * c_noise[bare]).exp()
+            cover = works[:, bare].any(1).nonzero().flatten().tolist()
+            raise ValueError(f"no brick is left at sigma {sigma.min():.3g} to {sigma.max():.3g} "
+                             f"without {sorted(skip)}: keep one of {cover} there")
+        return runs
 
     def running(self, sigma, skip=()):
         """The indices of the bricks that run at the noise level `sigma`, a number."""
@@ -185,11 +175,11 @@ class LegoConfig:
 
 
 def check_whole_numbers(spec, **least):
+    """Raise a ValueError unless these fields are whole numbers from `least` to 16384."""
     for name, smallest in least.items():
         value = getattr(spec, name)
         if type(value) is not int or not smallest <= value <= 16384:
-            raise ValueError(f"{name} must be a whole number from {smallest} to 16384, "
-                             f"found {value!r}")
+            raise ValueError(f"{name} must be a whole number from {smallest} to 16384, found {value!r}")
 
 
 # Ours: the default, and the plain DiTs of the same width that it is compared with.
@@ -213,16 +203,18 @@ for _name, _stack in {
         "XL-U-64": "64/2x14 16/8x12 4/2x4 16/8x12 64/2x14"}.items():
     _sizes = {"S": (384, 6, 3), "L": (1024, 16, 3), "XL": (1152, 16, 4)}     # XL is for latents
     _width, _heads, _channels = _sizes[_name.split("-")[0]]
-    for _key, _order in ((_name, 1), (_name.replace("PG", "PR"), -1)):
-        PRESETS.setdefault(_key, LegoConfig.official(
-            " ".join(_stack.split()[::_order]), 1000, width=_width, heads=_heads,
-            channels=_channels))
+    _official = partial(LegoConfig.official, classes=1000, width=_width, heads=_heads,
+                        channels=_channels)
+    PRESETS[_name] = _official(_stack)
+    if "PG" in _name:
+        PRESETS[_name.replace("PG", "PR")] = _official(" ".join(reversed(_stack.split())))
 
 # ---- Building blocks -----------------------------------------------------------------
 
 
 def position_table(n, width):
-    """Fixed sine-cosine embedding (n * n, D) of n x n tokens: first the column, then the row."""
+    """Fixed sine-cosine embedding (n * n, D) of n x n tokens, row by row. The first half of
+    the features tells the column, the other half the row."""
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(n, dtype=torch.float64)[:, None] * omega        # (n, D/4)
     axis = torch.cat([angle.sin(), angle.cos()], 1).float()              # (n, D/2)
@@ -230,29 +222,30 @@ def position_table(n, width):
 
 
 def time_features(t):
-    """Fourier features (B, 256) of t (B,), which is of order 1: cosines, then sines."""
+    """Fourier features (B, 256) of t (B,), some logarithm of sigma: cosines, then sines."""
     omega = 10000.0 ** (-torch.arange(128, device=t.device) / 128)
     angle = t.float()[:, None] * omega                                   # (B, 128)
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v for q, k, v (R, heads, N, d). mask (R, 1, N, N) is True where
-    a token may look."""
+    """softmax(q k^T / sqrt(d)) v for q, k, v (B * R, heads, N, d), where heads * d = D.
+    mask (B * R, 1, N, N) is True where a token may look."""
     # The fused kernel pays on accelerators and for many tokens. On a CPU in bfloat16 its
     # backward pass is ten times slower than the lines below at 16 to 256 tokens, and its
     # forward pass is slower below 32. On CUDA it takes at most 65,535 regions.
-    few = q.shape[-2] <= (256 if torch.is_grad_enabled() else 32)
-    if (not few) if q.device.type == "cpu" else len(q) < 65536:
+    many = q.shape[-2] > (256 if torch.is_grad_enabled() else 32)
+    fused = many if q.device.type == "cpu" else len(q) < 65536
+    if fused:
         return scaled_dot_product_attention(q, k, v, mask)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)             # (R, heads, N, N)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)             # (B * R, heads, N, N)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1) @ v
 
 
 def modulate(h, shift, scale):
-    """Layer norm without weights of its own, then the shift and scale that c asks for."""
+    """Layer norm without weights of its own, times 1 + scale, plus shift (adaLN)."""
     return torch.addcmul(shift, layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
 
 
@@ -289,8 +282,8 @@ class Block(nn.Module):
         normed = modulate(h, shift1, scale1)
         mixed = self.mix(normed) if mask is None else self.mix(normed, mask)
         h = torch.addcmul(h, gate1, mixed)
-        hidden = gelu(self.fc1(modulate(h, shift2, scale2)), approximate=self.gelu)
-        return torch.addcmul(h, gate2, self.fc2(hidden))
+        wide = gelu(self.fc1(modulate(h, shift2, scale2)), approximate=self.gelu)
+        return torch.addcmul(h, gate2, self.fc2(wide))
 
 
 # ---- The grid of regions -------------------------------------------------------------
@@ -299,15 +292,17 @@ class Block(nn.Module):
 class Grid:
     """How a brick cuts a canvas of H x W pixels into regions and patches.
 
-    `offset` shifts the grid down and right by so many pixels. Where regions reach over the
-    edge, the canvas is padded with copies of it. With `wrap` the scene goes round sideways,
-    so a canvas as wide as whole regions is rolled, which needs no padding."""
+    `offset` shifts the grid down and right by so many pixels. Where regions reach over the edge
+    of the canvas, it is padded with copies of its edge pixels. With `wrap` its left and right
+    edge meet: if whole regions fill its width, it is rolled and needs no padding there."""
 
     def __init__(self, spec, config, H, W, offset=(0, 0), wrap=False):
         self.spec, self.config, self.H, self.W = spec, config, H, W
-        region, rolls = spec.region, wrap and W % spec.region == 0
+        region = spec.region
+        rolls = wrap and W % region == 0
         self.roll = offset[1] % region if rolls else 0
-        self.top, self.left = -offset[0] % region, 0 if rolls else -offset[1] % region
+        self.top = (-offset[0]) % region        # pixels of padding above the canvas
+        self.left = 0 if rolls else (-offset[1]) % region
         self.rows = math.ceil((self.top + H) / region)
         self.columns = math.ceil((self.left + W) / region)
         right = self.columns * region - self.left - W
@@ -336,8 +331,8 @@ class Grid:
         return x.roll(self.roll, 3) if self.roll else x
 
     def mask(self, device):
-        """(R, N, N): True where a token may look, so that no pixel of the image sees tokens of
-        padding alone. None if there is no padding."""
+        """(R, N, N): True where a token may look. Tokens of nothing but padding see only each
+        other, and no other token sees them. None if there is no padding."""
         if not any(self.padding):
             return None
         canvas = pad(torch.ones(1, 1, self.H, self.W, device=device), self.padding)
@@ -345,7 +340,8 @@ class Grid:
         return real[:, :, None] == real[:, None, :]
 
     def coordinates(self, device):
-        """The place (R, N, p * p, 2) of every pixel: row and column in [-1, 1]."""
+        """The place (R, N, p * p, 2) of every pixel: row and column, from -1 to 1 over the image
+        in training."""
         rows = self.axis(self.rows, self.top, self.H, device)
         columns = self.axis(self.columns, self.left, self.W, device)
         return self.tile(torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None])[0]
@@ -354,12 +350,12 @@ class Grid:
         """The coordinates along an axis of so many regions, padding included."""
         region, size = self.spec.region, self.config.size
         pixel = torch.arange(regions * region, device=device)
-        if self.config.released:
+        if self.config.released:                # stretched over the canvas
             return 2 * (pixel - before) / max(length - 1, 1) - 1
         # Ours: region i of n gets the coordinates of region floor(i m / n) of the m in a
         # training image, so that no brick meets coordinates it was not trained on.
-        start = pixel // region * math.ceil(size / region) // regions * region
-        return 2 * (start + pixel % region) / max(size - 1, 1) - 1
+        m, i = math.ceil(size / region), pixel // region
+        return 2 * (i * m // regions * region + pixel % region) / max(size - 1, 1) - 1
 
 
 # ---- The brick -----------------------------------------------------------------------
@@ -390,24 +386,26 @@ class Brick(nn.Module):
         """The new z under the condition c (B, D). `regions` holds the indices of the regions to
         run, outside of which z stays as it is (None: all); offset, wrap: see `Grid`."""
         grid = Grid(self.spec, self.config, *x.shape[2:], offset, wrap)
-        old, mask = grid.cut(z), grid.mask(x.device)                     # (B, R, N, p * p, C)
+        old = grid.cut(z)                                                # (B, R, N, p * p, C)
+        mask = grid.mask(x.device)                                       # (R, N, N) or None
         pixels = self.see(grid, x, old)                                  # (B, R, N, inputs)
         B, R, N, _ = pixels.shape
         regions = torch.arange(R, device=x.device) if regions is None else regions
-        # Without gradients some regions run at a time, so that memory does not follow the canvas.
-        some = R if torch.is_grad_enabled() else CHUNK.get(x.device.type, 65536) // (B * N)
+        # Without gradients a few regions run at a time, so that large canvases need little memory.
+        few = R if torch.is_grad_enabled() else CHUNK.get(x.device.type, 65536) // (B * N)
         new = []
-        for part in regions.split(max(1, some)):
-            h = self.enrich(pixels.index_select(1, part).to(c.dtype))    # (B, some, N, D)
+        for part in regions.split(max(1, few)):
+            h = pixels.index_select(1, part).to(c.dtype)                 # (B, few, N, inputs)
+            h = self.enrich(h)                                           # (B, few, N, D)
             h = self.orchestrate(h, c, None if mask is None else mask[part])
-            new.append(self.to_pixels(h, c).to(x.dtype))                 # (B, some, N, p * p * C)
+            new.append(self.to_pixels(h, c).to(x.dtype))                 # (B, few, N, p * p * C)
         new, old = torch.cat(new, 1), old.flatten(3)
         if self.config.residual:
             new = new + old.index_select(1, regions)
         return grid.join(old.index_copy(1, regions, new))
 
     def see(self, grid, x, z):
-        """What makes a token: the pixels [z, x, row, column] of its patch, z cut already."""
+        """The pixels [z, x, row, column] of every patch, (B, R, N, inputs), for a z cut already."""
         place = grid.coordinates(x.device).to(x.dtype)                   # (R, N, p * p, 2)
         seen = [grid.cut(x), place.expand(len(x), -1, -1, -1, -1)]
         return torch.cat(seen if self.first else [z, *seen], 4).flatten(3)
@@ -437,8 +435,9 @@ class Brick(nn.Module):
 
 
 class Lego(nn.Module):
-    """The stack of bricks, which share one embedding of noise level and label. `block` makes
-    their blocks from the config. `info` is a plain dictionary that checkpoints keep."""
+    """The stack of bricks, which share one embedding of noise level and label. `block` is the
+    class of their blocks. `info` is a plain dictionary that checkpoints keep; its "objective"
+    is a name in OBJECTIVES."""
 
     def __init__(self, config, block=Block):
         super().__init__()
@@ -452,11 +451,11 @@ class Lego(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-                if "adaln" in name or "decode" in name:      # a new brick hands z on as it is
+                if "adaln" in name or "decode" in name:      # a new brick adds nothing to z
                     nn.init.zeros_(module.weight)
 
     def condition(self, c_noise, labels):
-        """The condition c (B, D), to which every use in a brick adds a linear layer."""
+        """c (B, D), after the SiLU of adaLN, so that blocks need only a linear layer."""
         t = c_noise if self.config.released else 4 * c_noise             # 4 c_noise is ln(sigma)
         c = self.time(time_features(t).to(self.time[0].weight.dtype))
         if self.label is not None:
@@ -468,45 +467,48 @@ class Lego(nn.Module):
             raise ValueError("labels were given, but this network has no classes: pass labels=None")
         return silu(c)
 
-    def forward(self, x, c_noise, labels=None, *, skip=(), return_all=False, rows=None,
-                regions=None, hidden=None, offset=(0, 0), wrap=False):
-        """F of the last brick that ran, (B, C, H, W); with `return_all` that of every brick that
-        ran for some image. Where a brick does not run, z passes it by.
+    def forward(self, x, c_noise, labels=None, *,
+                skip=(),                # indices of bricks to leave out, which then cost nothing
+                return_all=False,       # a list with F of every brick that ran for some image
+                rows=None,              # a slice for every brick: the images that it runs for
+                regions=None,           # for every brick the indices of regions to run, or None
+                hidden=None,            # (B, K) bool: later bricks get the z that this one got
+                offset=(0, 0), wrap=False):             # see `Grid`
+        """F of the last brick that ran, (B, C, H, W). Where a brick does not run, z passes it by.
 
-        x: (B, C, H, W), any H and W, already multiplied by c_in.
-        c_noise: ln(sigma)/4, (B,). It decides which bricks run for which image.
-        labels: (B,) in 0..classes; the index `classes`, like None, is "no label".
-        skip: indices of bricks to leave out, which then cost nothing.
-        rows: for every brick the slice of the batch on which it runs, if that is known already.
-        regions: for every brick the indices of the regions to run, or None for all.
-        hidden: (B, K), True where a brick keeps its result for an image from the later ones.
-        offset, wrap: see `Grid`.
-
-        ValueError if `skip` leaves an image without a brick or holds an unknown index."""
-        rows = self.config.active(c_noise.cpu(), skip) if rows is None else rows
+        x is c_in times the noisy images, of any H and W. c_noise (B,) is ln(sigma)/4. A brick
+        runs for the images in its noise range, unless `rows` says for which, and is trusted.
+        labels (B,) go from 0 to classes; the last one, like None, means "no label". ValueError
+        if `skip` names an unknown brick or leaves an image without one, and for labels where
+        there are no classes."""
+        skip = self.config.checked(skip)
+        if rows is None:
+            rows = self.config.active(c_noise.cpu(), skip)               # (K, B), bool
         c = self.condition(c_noise, labels)
         z, out = torch.zeros_like(x), []
         for k in self.ran(rows, skip, len(x)):
-            here, settings = rows[k], (regions and regions[k], offset, wrap)
+            here, some = rows[k], regions[k] if regions else None
             z = z.detach() if self.config.detach else z
             new = z.clone()
-            new[here] = self.bricks[k](x[here], z[here], c[here], *settings)
+            new[here] = self.bricks[k](x[here], z[here], c[here], some, offset, wrap)
             out.append(new)
             z = new if hidden is None else torch.where(hidden[:, k, None, None, None], z, new)
         return out if return_all else out[-1]
 
     def ran(self, rows, skip, B):
-        """The indices of the bricks whose rows of a batch of B images are not empty."""
-        return [k for k in self.config.kept(skip) if len(torch.arange(B)[rows[k]])]
+        """The indices of the bricks that run for some of B images. An element of `rows` selects
+        images, as a slice or as bools."""
+        images = torch.arange(B)
+        return [k for k, here in enumerate(rows) if k not in skip and len(images[here])]
 
     def flops(self, H, W, skip=(), sigma=None, offset=(0, 0), wrap=False):
         """Floating-point operations (a multiply-add is two) of one evaluation of an H x W image:
         a number for every brick, 0 where it does not run, and last the shared embeddings.
         With `sigma` only the bricks that work there run."""
-        config = self.config
-        run = config.kept(skip) if sigma is None else config.running(sigma, skip)
+        config, skip = self.config, self.config.checked(skip)
+        run = set(range(len(config.bricks))) if sigma is None else config.running(sigma, skip)
         flops = [0] * len(config.bricks) + [count_flops(config, self.block)]
-        for k in run:
+        for k in set(run) - skip:
             grid = Grid(config.bricks[k], config, H, W, offset, wrap)
             flops[k] = count_flops(config, self.block, k, grid.rows, grid.columns)
         return flops
@@ -529,8 +531,8 @@ def count_flops(config, block, k=None, rows=1, columns=1):
 
 # ---- Samplers ------------------------------------------------------------------------
 #
-# A sampler takes x from the level sigma to the next. It may call denoise(x, sigma) for x0_hat
-# and noise() for unit noise, and keep what it needs in `state`, which is {} at first.
+# A sampler takes x from the level sigma to sigma_next. It is given denoise(x, sigma), which is
+# x0_hat, noise(), which is unit noise, and a dictionary `state` that is empty at first.
 
 
 def euler(x, sigma, sigma_next, denoise, **_):
@@ -558,19 +560,18 @@ def ancestral(x, sigma, sigma_next, denoise, noise, **_):
 
 def dpm2m(x, sigma, sigma_next, denoise, state, **_):
     """DPM-Solver++(2M), one evaluation a step (Lu et al. 2022, algorithm 2)."""
-    x0_hat = target = denoise(x, sigma)
+    x0_hat = denoise(x, sigma)
     if sigma_next == 0:
         return x0_hat
-    h = math.log(sigma / sigma_next)
+    h, ahead = math.log(sigma / sigma_next), x0_hat
     if state:
-        target = x0_hat + h / (2 * state["h"]) * (x0_hat - state["x0_hat"])
+        ahead = x0_hat + h / (2 * state["h"]) * (x0_hat - state["x0_hat"])
     state.update(h=h, x0_hat=x0_hat)
-    return sigma_next / sigma * x - math.expm1(-h) * target
+    return sigma_next / sigma * x - math.expm1(-h) * ahead
 
 
 SAMPLERS = {"heun": heun, "euler": euler, "ancestral": ancestral, "dpm2m": dpm2m}
 S_MIN, S_MAX, S_NOISE = 0.05, 10.0, 1.003      # where and how churn acts (released code)
-REFINE = 0.3            # an enlarged canvas is noised up to this level, and denoised again
 
 
 def walk(x, levels, sampler, estimate, noise, first=0, churn=0.0):
@@ -590,8 +591,8 @@ def walk(x, levels, sampler, estimate, noise, first=0, churn=0.0):
 
 
 def generator(*key):
-    """A random generator on the CPU for any key, such as (seed, image number). It would keep
-    only 32 bits of a seed, so the key is hashed, to keep neighbours apart."""
+    """A random generator on the CPU for any key, such as (seed, image number). Torch looks at
+    only 32 bits of a seed, so the key is hashed into them, which keeps neighbours apart."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
@@ -609,217 +610,15 @@ def normal(shape, generator, device):
 
 # ---- Diffusion -----------------------------------------------------------------------
 
-
-class Diffusion:
-    """What EDM and DDPM share: x = x0 + sigma eps is denoised to D = c_skip x + c_out F. They
-    differ in these coefficients and in their noise levels in training and sampling."""
-
-    def loss(self, model, x0, labels=None, *, region_fraction=None, brick_drop=0.0,
-             label_drop=0.0, supervise_all=True, skip=(), shuffle=True, generator=None,
-             shard=(0, 1), sigma=None, noise=None):
-        """The loss of a step: (scalar, losses (B, K) of every brick, sigma (B,)).
-
-        A brick's loss for an image is the mean squared error of F (paper, equation 6, with
-        weight 1 / c_out^2), and NaN if it did not run. The scalar is their sum over B K.
-
-        x0, labels: clean images (B, C, H, W) and (B,) or None.
-        region_fraction: for every brick the share of its regions to run and learn from.
-        brick_drop: the chance, one or one per brick, that a brick's result for an image stays
-          hidden from later bricks, which so learn to do without it.
-        label_drop: the chance to hide a label, which guidance needs.
-        supervise_all: every brick learns, not only the last that ran for an image.
-        skip: indices of bricks that do not run.
-        shuffle: images get noise levels at random. If False, image i gets the i-th lowest.
-        generator: a CPU generator for all draws.
-        shard: (rank, world): x0 is a part of the batch of several processes. All draws are
-          those of the whole batch, of whose levels this process has every world-th.
-        sigma, noise: (B,) and (B, C, H, W) instead of drawn ones.
-
-        ValueError if a brick works at none of the levels of a batch."""
-        (rank, world), (B, C, H, W), K = shard, x0.shape, len(model.config.bricks)
-        n, device = world * B, x0.device
-
-        def draw(*shape, sample=torch.rand):        # for the whole batch; keep our own part
-            return sample(n, *shape, generator=generator)[rank::world].to(device)
-
-        # Noise: in rising order, so that each brick runs on a slice of the batch.
-        order = torch.arange(B, device=device)
-        if sigma is None:
-            rows = self.rows(model.config, n, shard)
-            sigma = self.sigma_at((torch.arange(rank, n, world, device=device) + draw()) / n)
-            order = draw().argsort() if shuffle else order
-        else:
-            rows = model.config.active(sigma.cpu().log() / 4, skip)
-        x0 = x0[order]
-        labels = None if labels is None else labels[order]
-        noise = draw(C, H, W, sample=torch.randn) if noise is None else noise[order]
-        s = sigma.view(-1, 1, 1, 1)
-        x = x0 + s * noise                                               # (B, C, H, W)
-
-        # Run.
-        if labels is not None and label_drop:
-            labels = labels.masked_fill(draw() < label_drop, model.config.classes)
-        chance = torch.as_tensor(brick_drop, device=device)
-        hidden = draw(K) < chance if chance.any() else None              # (B, K)
-        point = torch.rand(2, generator=generator)
-        fractions = region_fraction or [1.0] * K
-        picked = [pick_regions(*pair, H, W, point) for pair in zip(model.config.bricks, fractions)]
-        regions = [chosen.to(device) for chosen, _ in picked]
-        c_skip, c_out, c_in, c_noise = self.coefficients(s)
-        out = model(c_in * x, c_noise.flatten(), labels, skip=skip, return_all=True, rows=rows,
-                    regions=regions, hidden=hidden)
-
-        # Compare with what F should have been.
-        target = (x0 - c_skip * x) / c_out
-        losses, last = x0.new_full((B, K), torch.nan), x0.new_zeros(B)
-        for k, F in zip(model.ran(rows, skip, B), out):
-            error = (F - target)[rows[k]].square() * picked[k][1].to(device)
-            losses[rows[k], k] = last[rows[k]] = error.mean((1, 2, 3))
-        scalar = losses.nansum() / (B * K) if supervise_all else last.mean()
-        place = order.argsort()                                          # the caller's order
-        return scalar, losses.detach()[place], sigma[place]
-
-    def rows(self, config, n, shard=(0, 1)):
-        """For every brick its slice of a batch of n images in order of noise: as many as the
-        share of the training levels in its range. ValueError if that is none."""
-        (rank, world), rows = shard, []
-        for k, spec in enumerate(config.bricks):
-            first, end = (round(n * float(self.quantile(sigma))) for sigma in spec.noise)
-            if first == end:
-                raise ValueError(f"brick {k} ({spec}) works at none of the noise levels of a batch "
-                                 f"of {n}: take a larger batch, or widen its noise range")
-            rows.append(slice(-((rank - first) // world), -((rank - end) // world)))
-        return rows
-
-    def denoise(self, model, x, sigma, labels=None, *, skip=(), guidance=1.0, return_all=False,
-                offset=(0, 0), wrap=False):
-        """The estimate of x0, or with `return_all` that of every brick that ran, from x = x0 +
-        sigma eps (B, C, H, W), sigma a number or (B,). skip, offset, wrap: as for `Lego`.
-
-        guidance: g other than 1 asks for the labels and for none: D_none + g (D_label - D_none).
-        ValueError if there are no labels to guide with, or if no brick is left."""
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
-        c_skip, c_out, c_in, c_noise = self.coefficients(sigma.view(-1, 1, 1, 1))
-        inputs, c_noise = c_in * x, c_noise.flatten()
-        if guidance != 1:
-            if labels is None:
-                raise ValueError(f"guidance {guidance} needs labels: pass them, or take guidance=1")
-            inputs, c_noise = inputs.repeat(2, 1, 1, 1), c_noise.repeat(2)
-            labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
-        out = model(inputs, c_noise, labels, skip=skip, return_all=True, offset=offset, wrap=wrap)
-        if guidance != 1:
-            pairs = [F.chunk(2) for F in out]
-            out = [none + guidance * (label - none) for label, none in pairs]
-        out = [c_skip * x + c_out * F for F in out]
-        return out if return_all else out[-1]
-
-    def estimate(self, model, x, sigma, labels=None, **settings):
-        """`denoise` as samplers need it: from x = x0 + sigma eps and a number sigma."""
-        return self.denoise(model, x, sigma, labels, **settings)
-
-    def evaluations(self, steps=None, sampler=None, churn=0.0):
-        """The (step, sigma) of all evaluations of a walk, which a single number walks here.
-        ValueError if the sampler is unknown, or if it knows no churn."""
-        sampler = sampler or self.sampler
-        if sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
-        if churn and sampler not in ("heun", "euler"):
-            raise ValueError(f"churn is for the samplers heun and euler, not for {sampler}")
-        asked, nothing = [], torch.zeros(1)
-
-        def estimate(step, x, sigma):
-            asked.append((step, sigma))
-            return x
-
-        levels = self.levels(steps or self.steps)
-        for _ in walk(nothing, levels, sampler, estimate, nothing.clone, churn=churn):
-            pass
-        return asked
-
-    def schedule(self, config, skip=(), steps=None, sampler=None, churn=0.0):
-        """The bricks that each step leaves out, as frozensets; arguments as for `sample`.
-        ValueError if some evaluation would find no brick at its noise level."""
-        steps = steps or self.steps
-        if not callable(skip):
-            skip = partial(lambda fixed, progress: fixed, frozenset(skip))
-        skips = [frozenset(skip(i / steps)) for i in range(steps)]
-        asked = self.evaluations(steps, sampler, churn)
-        for some in set(skips):
-            sigmas = torch.tensor([sigma for i, sigma in asked if skips[i] == some])
-            config.active(sigmas.log() / 4, some)
-        return skips
-
-    @torch.no_grad()
-    def sample(self, model, shape, labels=None, *, steps=None, sampler=None, skip=(),
-               guidance=1.0, generator=None, guide=None, callback=None, clip=False, churn=0.0):
-        """Images of the shape (B, C, H, W), with values of about [-1, 1], from noise.
-
-        steps: noise levels (None: 18 for EDM, 100 for DDPM).
-        sampler: a name in SAMPLERS (None: heun for EDM, ancestral for DDPM).
-        skip: brick indices, or a function of a step's progress (0 at pure noise, 1 at the end)
-          that gives them.
-        guidance: see `denoise`. clip: clamp every estimate to [-1, 1].
-        generator: one CPU generator, or a list with one for each image.
-        guide: guide(x0_hat, x, sigma) -> x0_hat corrects every estimate.
-        callback: callback(done, total, x0_hat) is called after every step.
-        churn: S_churn of Karras et al., for heun and euler.
-
-        Other canvases than that of training (ours): the height decides the scale. The scene is
-        made at the training height. One wider than in training goes round like a panorama, and
-        the grid of regions shifts sideways at every step, so that no seam stays. The scene is
-        then enlarged in steps of at most two, and each time noised and denoised again while the
-        grid shifts both ways. A lower canvas is a shrunken one, a narrower one is cut out.
-
-        ValueError if the sampler is unknown, and if a step would find no brick at its level."""
-        sampler, steps = sampler or self.sampler, steps or self.steps
-        skips = self.schedule(model.config, skip, steps, sampler, churn)
-        levels, device = self.levels(steps), next(model.parameters()).device
-        (B, C, H, W), size = shape, model.config.size
-        (h, w), *larger = canvases(size, H, W)
-        again = next(i for i, sigma in enumerate(levels) if sigma <= REFINE)
-        total = steps + (steps - again) * sum(height > size for height, _ in larger)
-        done, newest = 0, None
-
-        def descend(x, first, shift, wrap=False):
-            """From x at levels[first] to clean images; the grid shifts at every step."""
-            nonlocal done
-
-            def estimate(i, x, sigma):
-                nonlocal newest
-                offset = [(i - first + 1) * pixels % size for pixels in shift]
-                newest = self.estimate(model, x, sigma, labels, skip=skips[i], guidance=guidance,
-                                       offset=tuple(offset), wrap=wrap)
-                newest = guide(newest, x, sigma) if guide else newest
-                newest = newest.clamp(-1, 1) if clip else newest
-                return newest
-
-            noise = partial(normal, x.shape, generator, device)
-            for x in walk(x, levels, sampler, estimate, noise, first, churn):
-                done += 1
-                if callback:
-                    callback(done, total, newest)
-            return x
-
-        # These shifts share no divisor with the size, so the grid goes through all its phases.
-        down, across = coprime(size // 3, size), coprime(size * 2 // 5, size)
-        full = math.ceil(w / size) * size
-        x = levels[0] * normal((B, C, h, full), generator, device)
-        x0 = descend(x, 0, (0, across if w > size else 0), wrap=w > size)
-        x0 = x0[..., (full - w) // 2:][..., :w]
-        for h, w in larger:
-            x0 = interpolate(x0, (h, w), mode="bicubic", antialias=True)
-            if h > size:
-                x = x0 + levels[again] * normal(x0.shape, generator, device)
-                x0 = descend(x, again, (down, across))
-        return x0
+REFINE = 0.3            # the noise level from which an enlarged canvas is denoised again
 
 
 def pick_regions(spec, fraction, H, W, point):
     """The indices of the regions to train on, and the weights (1, 1, H, W), of mean 1, of the
     pixels in the loss.
 
-    The regions are those nearest to a random `point` (2,) in [0, 1), counted round the edges
-    (ours). All bricks share it, so most later regions meet a z that is refined already."""
+    The regions are those nearest to a random `point` (2,) in [0, 1), where distance wraps round
+    the edges (ours). All bricks share it, so most later regions get a z that is refined."""
     rows, columns = math.ceil(H / spec.region), math.ceil(W / spec.region)
     down = ((torch.arange(rows) + .5) / rows - point[0] + .5) % 1 - .5
     across = ((torch.arange(columns) + .5) / columns - point[1] + .5) % 1 - .5
@@ -831,7 +630,7 @@ def pick_regions(spec, fraction, H, W, point):
 
 
 def canvases(size, H, W):
-    """The sizes that lead from the training height to H x W: doubled, or shrunk once."""
+    """The sizes that lead from the training height to H x W, each at most twice the last."""
     heights = [size]
     while heights[-1] < H:
         heights.append(min(2 * heights[-1], H))
@@ -840,11 +639,215 @@ def canvases(size, H, W):
     return [(h, max(1, round(W * h / H))) for h in heights]
 
 
-def coprime(least, size):
-    """The smallest number from `least` on that shares no divisor with `size`."""
-    while math.gcd(least, size) > 1:
-        least += 1
-    return least
+class Diffusion:
+    """What EDM and DDPM share: x0_hat = c_skip x + c_out F estimates x0 from x = x0 + sigma eps.
+
+    A subclass defines these coefficients, the noise levels in training (sigma_at(q) is their
+    q-quantile, quantile(sigma) its inverse), those of a walk (levels(n): n falling ones, then
+    0), and the default `sampler` and number of `steps`."""
+
+    def loss(self, model, x0, labels=None, *,
+             region_fraction=None,      # a list: every brick's share of regions to learn from
+             brick_drop=0.0,            # chance to hide a brick's result from the later ones
+             label_drop=0.0,            # chance to hide a label, which guidance needs
+             supervise_all=True,        # every brick learns, or only the last one for an image
+             skip=(),                   # indices of bricks that do not run
+             shuffle=True,              # levels at random; if False, image i has the i-th lowest
+             generator=None,            # a CPU generator for all draws
+             shard=(0, 1),              # (rank, world): x0 is one process's part of the batch
+             sigma=None, noise=None):   # (B,) and (B, C, H, W), instead of drawn ones
+        """The loss of a step: (scalar, losses (B, K) of every brick, sigma (B,)).
+
+        A brick's loss for an image of x0 is the mean squared error of F (paper, equation 6, with
+        weight 1 / c_out^2), NaN if it did not run. The scalar is their sum, divided by B K.
+        brick_drop is one number or one per brick, and a hidden result is learnt from all the
+        same. With supervise_all=False the gradient must flow through z, so take detach=False.
+        Of several processes, a rank has every world-th of the noise levels, and draws are those
+        of the whole batch. ValueError if a brick works at none of the levels of a batch."""
+        B, C, H, W = x0.shape
+        (rank, world), K = shard, len(model.config.bricks)
+        n, device = world * B, x0.device
+
+        def draw(*shape, law=torch.rand):       # for the whole batch, of which we keep our part
+            return law(n, *shape, generator=generator)[rank::world].to(device)
+
+        # Noise: the levels rise, so that each brick runs on a slice of the batch.
+        order = torch.arange(B, device=device)                           # the image of each level
+        rows = None if sigma is None else model.config.active(sigma.cpu().log() / 4, skip)
+        if sigma is None:
+            rows = self.rows(model.config, n, shard)
+            sigma = self.sigma_at((torch.arange(rank, n, world, device=device) + draw()) / n)
+            if shuffle:
+                order = draw().argsort()
+            if skip:                            # a ValueError if some level has no brick left
+                model.config.active(sigma.cpu().log() / 4, skip)
+        x0 = x0[order]
+        labels = None if labels is None else labels[order]
+        noise = draw(C, H, W, law=torch.randn) if noise is None else noise[order]
+        s = sigma.view(-1, 1, 1, 1)
+        x = x0 + s * noise                                               # (B, C, H, W)
+
+        # Run.
+        if labels is not None and label_drop:
+            labels = labels.masked_fill(draw() < label_drop, model.config.classes)
+        drop = torch.as_tensor(brick_drop, device=device)
+        hidden = draw(K) < drop if drop.any() else None                  # (B, K)
+        point, regions, weights = torch.rand(2, generator=generator), [], []
+        for spec, fraction in zip(model.config.bricks, region_fraction or [1.0] * K, strict=True):
+            chosen, weight = pick_regions(spec, fraction, H, W, point)
+            regions.append(chosen.to(device))
+            weights.append(weight.to(device))
+        c_skip, c_out, c_in, c_noise = self.coefficients(s)
+        out = model(c_in * x, c_noise.flatten(), labels, skip=skip, return_all=True, rows=rows,
+                    regions=regions, hidden=hidden)
+
+        # Compare with what F should have been.
+        target = (x0 - c_skip * x) / c_out
+        losses, total, last = x0.new_full((B, K), torch.nan), 0.0, x0.new_zeros(B)
+        for k, F in zip(model.ran(rows, skip, B), out):
+            error = (F - target)[rows[k]].square() * weights[k]
+            error = error.mean((1, 2, 3))
+            losses[rows[k], k] = error.detach()
+            last[rows[k]] = error
+            total = total + error.sum()
+        scalar = total / (B * K) if supervise_all else last.mean()
+        level = order.argsort()                                          # the level of each image
+        return scalar, losses[level], sigma[level]
+
+    def rows(self, config, n, shard=(0, 1)):
+        """For every brick its slice of a batch of n images in order of noise: the share of the
+        training levels in its range, rounded to whole images. ValueError if that is none."""
+        (rank, world), rows = shard, []
+        for k, spec in enumerate(config.bricks):
+            first, end = (round(n * float(self.quantile(sigma))) for sigma in spec.noise)
+            if first == end:
+                raise ValueError(f"brick {k} ({spec}) works at none of the {n} noise levels of a "
+                                 f"batch: take a larger batch, or widen its noise range")
+            # This rank has the images rank, rank + world, ...; -(-a // b) rounds a / b up.
+            rows.append(slice(-((rank - first) // world), -((rank - end) // world)))
+        return rows
+
+    def denoise(self, model, x, sigma, labels=None, *, skip=(), guidance=1.0, return_all=False,
+                offset=(0, 0), wrap=False):
+        """x0_hat from x = x0 + sigma eps, (B, C, H, W), or with `return_all` a list with that of
+        every brick that ran. sigma is a number or (B,); skip, offset and wrap go to the model.
+
+        Guidance g other than 1 is none + g (label - none), the estimates with and without label.
+        ValueError if there are no labels to guide with, or if no brick is left."""
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
+        c_skip, c_out, c_in, c_noise = self.coefficients(sigma.view(-1, 1, 1, 1))
+        inputs, c_noise = c_in * x, c_noise.flatten()
+        if guidance != 1:
+            if labels is None:
+                raise ValueError(f"guidance {guidance} needs labels: pass them, or take guidance=1")
+            inputs, c_noise = inputs.repeat(2, 1, 1, 1), c_noise.repeat(2)
+            labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
+        out = model(inputs, c_noise, labels, skip=skip, return_all=True, offset=offset, wrap=wrap)
+        if guidance != 1:
+            halves = [F.chunk(2) for F in out]
+            out = [none + guidance * (label - none) for label, none in halves]
+        out = [c_skip * x + c_out * F for F in out]
+        return out if return_all else out[-1]
+
+    def estimate(self, model, x, sigma, labels=None, **settings):
+        """x0_hat as samplers ask for it: from x = x0 + sigma eps and a number sigma."""
+        return self.denoise(model, x, sigma, labels, **settings)
+
+    def evaluations(self, steps=None, sampler=None, churn=0.0):
+        """The (step, sigma) of every evaluation of a walk, found by sending a single zero on it.
+        ValueError if the sampler is unknown or takes no churn, or for less than one step."""
+        sampler, steps = sampler or self.sampler, self.steps if steps is None else steps
+        if steps < 1:
+            raise ValueError(f"sampling takes one step or more, found {steps}")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
+        if churn and sampler not in ("heun", "euler"):
+            raise ValueError(f"churn is for the samplers heun and euler, not for {sampler}")
+
+        asked, zero = [], torch.zeros(1)
+
+        def estimate(step, x, sigma):
+            asked.append((step, sigma))
+            return x
+
+        list(walk(zero, self.levels(steps), sampler, estimate, zero.clone, churn=churn))
+        return asked
+
+    def schedule(self, config, skip=(), steps=None, sampler=None, churn=0.0):
+        """The bricks that each step leaves out, as sets, for the arguments of `sample`.
+        ValueError if an evaluation would find no brick at its noise level."""
+        steps = self.steps if steps is None else steps
+        fixed = None if callable(skip) else frozenset(skip)
+        skips = [frozenset(skip(i / steps)) if fixed is None else fixed for i in range(steps)]
+        asked = self.evaluations(steps, sampler, churn)
+        for some in set(skips):
+            sigmas = torch.tensor([sigma for i, sigma in asked if skips[i] == some])
+            config.active(sigmas.log() / 4, some)
+        return skips
+
+    @torch.no_grad()
+    def sample(self, model, shape, labels=None, *,
+               steps=None,              # noise levels (None: 18 for EDM, 100 for DDPM)
+               sampler=None,            # in SAMPLERS (None: heun for EDM, ancestral for DDPM)
+               skip=(),                 # brick indices, or a function progress -> indices
+               guidance=1.0,            # see `denoise`
+               generator=None,          # a CPU generator, or a list of one for each image
+               guide=None,              # guide(x0_hat, x, sigma) corrects every estimate
+               callback=None,           # callback(done, total, x0_hat) follows every step
+               clip=False,              # clamp every estimate to [-1, 1]
+               churn=0.0):              # S_churn of Karras et al., for heun and euler
+        """Images of the shape (B, C, H, W), about [-1, 1], from noise. The progress of a step is 0
+        at pure noise and 1 at the end. ValueError if a step would find no brick at its level.
+
+        A canvas of another size than in training is made so (ours), and `guide` and `callback`
+        see all its stages:
+        1. Its scene is made at the training height, which decides how large things are.
+        2. If it is wider than in training, its edges meet as in a panorama, and the grid of
+           regions shifts sideways at every step, so that no seam stays. The middle is cut out.
+        3. It is enlarged by at most two at a time. Each time noise of the level REFINE is added
+           and removed again, while the grid shifts both ways.
+        4. A canvas lower than in training is a shrunken one."""
+        sampler, steps = sampler or self.sampler, self.steps if steps is None else steps
+        skips = self.schedule(model.config, skip, steps, sampler, churn)
+        levels, device = self.levels(steps), next(model.parameters()).device
+        (B, C, H, W), size = shape, model.config.size
+        (h, w), *larger = canvases(size, H, W)
+        restart = next(i for i, sigma in enumerate(levels) if sigma <= REFINE)
+        total = steps + (steps - restart) * sum(height > size for height, _ in larger)
+        done, x0_hat = count(1), None
+
+        def descend(x, first, shift, wrap=False):
+            """From x at levels[first] to clean images; the grid shifts at every step."""
+            def estimate(i, x, sigma):
+                nonlocal x0_hat
+                moves = i - first + 1
+                offset = moves * shift[0] % size, moves * shift[1] % size
+                x0_hat = self.estimate(model, x, sigma, labels, skip=skips[i], guidance=guidance,
+                                       offset=offset, wrap=wrap)
+                x0_hat = guide(x0_hat, x, sigma) if guide else x0_hat
+                x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
+                return x0_hat
+
+            noise = partial(normal, x.shape, generator, device)
+            for x in walk(x, levels, sampler, estimate, noise, first, churn):
+                if callback:
+                    callback(next(done), total, x0_hat)
+            return x                            # the last one, at level 0
+
+        # Shifts that share no divisor with the size lead the grid through all its phases.
+        down, across = (next(n for n in count(least) if math.gcd(n, size) == 1)
+                        for least in (size // 3, size * 2 // 5))
+        full = math.ceil(w / size) * size       # whole training images, which fit all regions
+        x = levels[0] * normal((B, C, h, full), generator, device)
+        x0 = descend(x, 0, (0, across if w > size else 0), wrap=w > size)
+        left = (full - w) // 2
+        x0 = x0[..., left:left + w]
+        for h, w in larger:
+            x0 = interpolate(x0, (h, w), mode="bicubic", antialias=True)
+            if h > size:
+                x = x0 + levels[restart] * normal(x0.shape, generator, device)
+                x0 = descend(x, restart, (down, across))
+        return x0
 
 
 class EDM(Diffusion):
@@ -858,23 +861,21 @@ class EDM(Diffusion):
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
     def coefficients(self, sigma):
-        """c_skip, c_out, c_in and c_noise for a tensor sigma (table 1)."""
+        """c_skip, c_out, c_in and c_noise (table 1)."""
         total = sigma ** 2 + self.sigma_data ** 2
         c_skip = self.sigma_data ** 2 / total
         c_out = sigma * self.sigma_data / total.sqrt()
         return c_skip, c_out, total.rsqrt(), sigma.log() / 4
 
     def sigma_at(self, q):
-        """The q-quantile of the noise levels in training, for a tensor q in (0, 1)."""
-        return (self.P_mean + self.P_std * torch.special.ndtri(q.clamp(1e-6, 1 - 1e-6))).exp()
+        q = q.clamp(1e-6, 1 - 1e-6)             # at 0 and 1 there is no end
+        return (self.P_mean + self.P_std * torch.special.ndtri(q)).exp()
 
     def quantile(self, sigma):
-        """The share of the noise levels in training that lie below the number sigma."""
         ln_sigma = torch.tensor(sigma, dtype=torch.float64).log()
         return torch.special.ndtr((ln_sigma - self.P_mean) / self.P_std)
 
-    def levels(self, steps):
-        """`steps` falling noise levels and a final 0 (equation 5)."""
+    def levels(self, steps):            # equation 5
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         share = [i / max(steps - 1, 1) for i in range(steps)]
         return [(high + s * (low - high)) ** self.rho for s in share] + [0.0]
@@ -883,6 +884,7 @@ class EDM(Diffusion):
 class DDPM(Diffusion):
     """Ho et al. 2020 with noise prediction: F estimates eps at T levels t = 0..T-1 of a "cosine"
     (Nichol & Dhariwal 2021) or "linear" schedule, with sigma = sqrt((1 - abar) / abar).
+    ValueError for another schedule, more steps than T, and a level that is none of the T.
 
     `denoise` takes x_t = sqrt(abar) x0 + sqrt(1 - abar) eps. All else works on x = x_t /
     sqrt(abar) = x0 + sigma eps, for which DDIM is Euler's method."""
@@ -900,25 +902,27 @@ class DDPM(Diffusion):
         self.sigmas = ((1 - self.abar) / self.abar).sqrt().float()
 
     def coefficients(self, sigma):
-        """c_skip, c_out, c_in and c_noise: D = x - sigma F, and c_in x is x_t."""
+        """c_skip, c_out, c_in and c_noise: x0_hat is x - sigma F, and c_in x is x_t."""
         return torch.ones_like(sigma), -sigma, (1 + sigma ** 2).rsqrt(), sigma.log() / 4
 
-    def sigma_at(self, q):
-        """The q-quantile of the noise levels in training, where t is uniform."""
+    def sigma_at(self, q):              # t is uniform in training
         return self.sigmas.to(q.device)[(q * self.T).long().clamp(max=self.T - 1)]
 
     def quantile(self, sigma):
-        """The share of the noise levels in training that lie below the number sigma."""
         return (self.sigmas < sigma).double().mean()
 
-    def levels(self, steps):
-        """`steps` falling noise levels, evenly spread over t from T - 1 to 0, and a final 0."""
+    def levels(self, steps):            # evenly spread over t, from T - 1 to 0
+        if steps > self.T:
+            raise ValueError(f"DDPM has {self.T} noise levels, so take no more steps than that")
         t = torch.linspace(self.T - 1, 0, steps).round().long()
         return self.sigmas[t].tolist() + [0.0]
 
     def denoise(self, model, x, t, labels=None, **settings):
         """As for `Diffusion`, but from x_t and t in 0..T-1, a number or (B,)."""
-        sigma = self.sigmas.to(x.device)[torch.as_tensor(t, device=x.device)].expand(len(x))
+        t = torch.as_tensor(t).cpu()
+        if t.min() < 0 or t.max() >= self.T:
+            raise ValueError(f"t must lie in 0..{self.T - 1}, found {t.tolist()}")
+        sigma = self.sigmas[t].to(x.device).expand(len(x))
         x = x * (1 + sigma ** 2).sqrt().view(-1, 1, 1, 1)
         return super().denoise(model, x, sigma, labels, **settings)
 
@@ -954,16 +958,16 @@ def write_aside(path, write):
 
 def save_checkpoint(path, model, weights=None, **state):
     """Write a model to `path`: config, name of the block class, `model.info` (JSON-able), its
-    weights, or `weights` in their place (an average, say), and any further `state` of tensors,
-    numbers, strings, lists and dictionaries."""
+    weights, or the state_dict `weights` in their place (an average, say), and any further
+    `state` of tensors, numbers, strings, lists and dictionaries."""
     config = asdict(model.config)
     for brick in config["bricks"]:
         low, high = brick["noise"]
         brick["noise"] = [low or None, high if high < math.inf else None]
     head = dict(format=FORMAT, config=config, block=model.block.__name__, info=model.info)
-    json.dumps(head)                    # a TypeError now, rather than a surprise when reading
+    json.dumps(head)                    # a TypeError for what could not be read again
     buffer = io.BytesIO()               # so that a full disk is an OSError, not one inside torch
-    torch.save(head | dict(weights=weights or model.state_dict(), **state), buffer)
+    torch.save(dict(**head, weights=weights or model.state_dict(), **state), buffer)
     write_aside(path, lambda file: file.write(buffer.getbuffer()))
 
 
@@ -976,11 +980,11 @@ def read_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type for member in archive.infolist()) or archive.testzip():
-                raise ValueError("wrong checksum")
+                raise ValueError("it is compressed, or a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state.get("format") != FORMAT:
-            raise ValueError(f"its format is {state.get('format', 1)} and not {FORMAT}: use the "
-                             f"lego.py that wrote it, or train anew")
+            raise ValueError(f"its format is {state.get('format', 1)}, and this lego.py reads "
+                             f"{FORMAT}: use the one that wrote it, or train anew")
         state["config"] = LegoConfig(**state["config"])
         weights = state["weights"].values()
         if sum(w.numel() * w.element_size() for w in weights) > Path(path).stat().st_size:
@@ -993,7 +997,7 @@ def read_checkpoint(path):
         raise
     except Exception as error:          # torch's reader meets hostile bytes with any error
         reason = error if type(error) is ValueError else type(error).__name__
-        raise ValueError(f"{path} is not a LEGO checkpoint or is damaged ({reason})") from error
+        raise ValueError(f"{path} is not a LEGO checkpoint that can be read: {reason}") from error
     return state
 
 
@@ -1014,7 +1018,7 @@ def load_checkpoint(path, block=Block):
     return model.eval()
 
 
-OFFICIAL_NAMES = {      # theirs: ours
+OFFICIAL_NAMES = {      # theirs: ours, replaced in this order
     "t_embedder.mlp": "time", "y_embedder.embedding_table": "label", "model.": "bricks.",
     "x_embedder.proj": "local", "final_layer.linear": "decode", "final_layer.": "",
     "attn.": "", "mlp.": "", "adaLN_modulation.1": "adaln"}
@@ -1026,8 +1030,11 @@ def load_official(model, state_dict):
     Their published files are pickled Python classes, which this project never opens. With the
     authors' code, in its own environment, save the tensors once with
     `torch.save(ema.model.state_dict(), "weights.pt")`, and read that file with
-    `torch.load("weights.pt", weights_only=True)`. Their fixed position tables are compared with
-    ours. ValueError if names, shapes or tables do not fit."""
+    `torch.load("weights.pt", weights_only=True)`. Their fixed position tables, where the file
+    has them, are compared with ours. ValueError if config, names, shapes or tables do not fit."""
+    official = dict(local_mlp=False, residual=False, detach=False, released=True)
+    if model.config != replace(model.config, **official):
+        raise ValueError("the model is not the released network: make it from LegoConfig.official")
     ours = {}
     for name, tensor in state_dict.items():
         for theirs, mine in OFFICIAL_NAMES.items():
@@ -1037,7 +1044,8 @@ def load_official(model, state_dict):
         ours[name] = tensor
     for k, brick in enumerate(model.bricks):
         table = ours.pop(f"bricks.{k}.pos_embed", brick.position).flatten().float()
-        if not torch.equal(table.round(decimals=4), brick.position.flatten().round(decimals=4)):
+        mine = brick.position.flatten()
+        if len(table) != len(mine) or not torch.allclose(table, mine, atol=1e-5):
             raise ValueError(f"brick {k}: the position table differs from the released network's")
     try:
         model.load_state_dict(ours)

@@ -12,6 +12,8 @@ import math
 import re
 import time
 import zipfile
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -112,7 +114,8 @@ def skip_useless(model, evaluations, steps):
     """`--skip auto`: leave a brick out of the steps in which none of the noise levels lies where
     training found it useful, unless a level would be left without a brick."""
     try:
-        useful = [(low or 0.0, math.inf if high is None else high) for low, high in model.info["useful"]]
+        useful = [(float(low or 0), math.inf if high is None else float(high))
+                  for low, high in model.info["useful"]]
     except (KeyError, TypeError, ValueError):
         raise ValueError("--skip auto: training has not measured where the bricks of this checkpoint "
                          "are useful; it does so when a run ends") from None
@@ -261,18 +264,23 @@ def stages(sampler, columns=9):
     return picture(to_bytes(rows), columns)
 
 
+def covering_subsets(config):
+    """All choices of bricks to skip, as tuples of indices, whose rest covers every noise level;
+    the first one skips nothing."""
+    K, subsets = len(config.bricks), []
+    for count in range(K):
+        for skip in itertools.combinations(range(K), count):
+            rest = tuple(spec for k, spec in enumerate(config.bricks) if k not in skip)
+            with suppress(ValueError):          # some noise level is left without a brick
+                replace(config, bricks=rest)
+                subsets.append(skip)
+    return subsets
+
+
 def bench(sampler, rounds=8):
     """A table of what subsets of bricks cost. Cases take turns in random order, so that a slow
     moment of the machine is slow for all."""
-    config, n, K = sampler.model.config, sampler.batch, len(sampler.model.bricks)
-    subsets = []
-    for count in range(K):
-        for skip in itertools.combinations(range(K), count):
-            try:
-                sampler.diffusion.schedule(config, skip)
-                subsets.append(skip)
-            except ValueError:          # it leaves some noise level without a brick
-                pass
+    n, subsets = sampler.batch, covering_subsets(sampler.model.config)
     times, flops = {skip: [] for skip in subsets}, {}
     for i in range(rounds + 1):                                          # the first round warms up
         for k in np.random.default_rng(i).permutation(len(subsets)):
