@@ -81,8 +81,8 @@ class BrickSpec:
 
     def works_at(self, c_noise):
         """Which of the levels c_noise = ln(sigma)/4, (B,), lie in the range: bool (B,)."""
-        low, high = torch.tensor(self.noise).log() / 4
-        return (low <= c_noise.float()) & (c_noise.float() < high)
+        low, high = torch.tensor(self.noise, dtype=c_noise.dtype).log() / 4
+        return (low <= c_noise) & (c_noise < high)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class LegoConfig:
             sigma = (4 * c_noise[bare]).exp()
             cover = works[:, bare].any(1).nonzero().flatten().tolist()
             raise ValueError(f"no brick is left at sigma {sigma.min():.3g} to {sigma.max():.3g} "
-                             f"without {sorted(skip)}: keep one of {cover} there")
+                             f"without {sorted(skip)}; these work there: {cover}")
         return runs
 
     def running(self, sigma, skip=()):
@@ -518,7 +518,7 @@ class Lego(nn.Module):
 def count_flops(config, block, k=None, rows=1, columns=1):
     """The FLOPs of brick k on so many regions, or of the embeddings (None), for one image:
     counted by torch on the meta device, which works out shapes and nothing else."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model, c = Lego(config, block), torch.zeros(1, config.width)
         if k is None:
             model.condition(torch.zeros(1), None)
@@ -644,7 +644,7 @@ class Diffusion:
 
     A subclass defines these coefficients, the noise levels in training (sigma_at(q) is their
     q-quantile, quantile(sigma) its inverse), those of a walk (levels(n): n falling ones, then
-    0), and the default `sampler` and number of `steps`."""
+    0), the default `sampler` and number of `steps`, and the samplers that take churn."""
 
     def loss(self, model, x0, labels=None, *,
              region_fraction=None,      # a list: every brick's share of regions to learn from
@@ -665,7 +665,7 @@ class Diffusion:
         Of several processes, a rank has every world-th of the noise levels, and draws are those
         of the whole batch. ValueError if a brick works at none of the levels of a batch."""
         B, C, H, W = x0.shape
-        (rank, world), K = shard, len(model.config.bricks)
+        (rank, world), K, skip = shard, len(model.config.bricks), model.config.checked(skip)
         n, device = world * B, x0.device
 
         def draw(*shape, law=torch.rand):       # for the whole batch, of which we keep our part
@@ -761,8 +761,8 @@ class Diffusion:
             raise ValueError(f"sampling takes one step or more, found {steps}")
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
-        if churn and sampler not in ("heun", "euler"):
-            raise ValueError(f"churn is for the samplers heun and euler, not for {sampler}")
+        if churn and sampler not in self.with_churn:
+            raise ValueError("churn is for EDM and the samplers heun and euler: take churn=0")
 
         asked, zero = [], torch.zeros(1)
 
@@ -853,7 +853,7 @@ class Diffusion:
 class EDM(Diffusion):
     """Karras et al. 2022: F and its input have unit scale at every noise level, and sigma is
     log-normal in training."""
-    sampler, steps = "heun", 18
+    sampler, steps, with_churn = "heun", 18, ("heun", "euler")
 
     def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5, sigma_min=0.002, sigma_max=80.0,
                  rho=7.0):
@@ -888,7 +888,7 @@ class DDPM(Diffusion):
 
     `denoise` takes x_t = sqrt(abar) x0 + sqrt(1 - abar) eps. All else works on x = x_t /
     sqrt(abar) = x0 + sigma eps, for which DDIM is Euler's method."""
-    sampler, steps = "ancestral", 100
+    sampler, steps, with_churn = "ancestral", 100, ()
 
     def __init__(self, schedule="cosine", T=1000):
         if schedule == "cosine":
@@ -929,8 +929,8 @@ class DDPM(Diffusion):
     def estimate(self, model, x, sigma, labels=None, **settings):
         t = (self.sigmas - sigma).abs().argmin()
         if not math.isclose(self.sigmas[t], sigma, rel_tol=1e-6):
-            raise ValueError(f"sigma {sigma:g} is none of the {self.T} levels of DDPM: "
-                             f"take churn=0, and a sampler that keeps to the levels")
+            raise ValueError(f"sigma {sigma:g} is none of the {self.T} levels of DDPM: take a "
+                             f"sampler that keeps to them")
         return self.denoise(model, x / math.sqrt(1 + sigma ** 2), t, labels, **settings)
 
 
@@ -991,8 +991,8 @@ def read_checkpoint(path):
             raise ValueError("weights larger than the file")
         if not all(w.isfinite().all() for w in weights):
             raise ValueError("weights that are not finite")
-        if state["info"].get("objective", "edm") not in OBJECTIVES:
-            raise ValueError("unknown objective")
+        if state["info"].get("objective", "edm") not in OBJECTIVES or type(state["block"]) is not str:
+            raise ValueError("an unknown objective or block")
     except OSError:
         raise
     except Exception as error:          # torch's reader meets hostile bytes with any error
