@@ -613,7 +613,7 @@ def normal(shape, generator, device):
 REFINE = 0.3            # the noise level from which an enlarged canvas is denoised again
 
 
-def pick_regions(spec, fraction, H, W, point):
+def pick_regions(spec, fraction, H, W, point, device):
     """The indices of the regions to train on, and the weights (1, 1, H, W), of mean 1, of the
     pixels in the loss.
 
@@ -626,7 +626,7 @@ def pick_regions(spec, fraction, H, W, point):
     chosen = distance.argsort()[:max(1, round(fraction * len(distance)))]
     weight = torch.zeros(len(distance)).index_fill(0, chosen, 1).view(1, 1, rows, columns)
     weight = interpolate(weight, scale_factor=spec.region)[..., :H, :W]
-    return chosen, weight / weight.mean()
+    return chosen.to(device), (weight / weight.mean()).to(device)
 
 
 def canvases(size, H, W):
@@ -673,14 +673,14 @@ class Diffusion:
 
         # Noise: the levels rise, so that each brick runs on a slice of the batch.
         order = torch.arange(B, device=device)                           # the image of each level
-        rows = None if sigma is None else model.config.active(sigma.cpu().log() / 4, skip)
         if sigma is None:
             rows = self.rows(model.config, n, shard)
             sigma = self.sigma_at((torch.arange(rank, n, world, device=device) + draw()) / n)
-            if shuffle:
-                order = draw().argsort()
+            order = draw().argsort() if shuffle else order
             if skip:                            # a ValueError if some level has no brick left
                 model.config.active(sigma.cpu().log() / 4, skip)
+        else:
+            rows = model.config.active(sigma.cpu().log() / 4, skip)
         x0 = x0[order]
         labels = None if labels is None else labels[order]
         noise = draw(C, H, W, law=torch.randn) if noise is None else noise[order]
@@ -692,11 +692,10 @@ class Diffusion:
             labels = labels.masked_fill(draw() < label_drop, model.config.classes)
         drop = torch.as_tensor(brick_drop, device=device)
         hidden = draw(K) < drop if drop.any() else None                  # (B, K)
-        point, regions, weights = torch.rand(2, generator=generator), [], []
-        for spec, fraction in zip(model.config.bricks, region_fraction or [1.0] * K, strict=True):
-            chosen, weight = pick_regions(spec, fraction, H, W, point)
-            regions.append(chosen.to(device))
-            weights.append(weight.to(device))
+        point = torch.rand(2, generator=generator)
+        pairs = zip(model.config.bricks, region_fraction or [1.0] * K, strict=True)
+        picked = [pick_regions(spec, share, H, W, point, device) for spec, share in pairs]
+        regions, weights = zip(*picked)
         c_skip, c_out, c_in, c_noise = self.coefficients(s)
         out = model(c_in * x, c_noise.flatten(), labels, skip=skip, return_all=True, rows=rows,
                     regions=regions, hidden=hidden)

@@ -9,6 +9,7 @@ SPDX-License-Identifier: MIT
 
 import itertools
 import math
+import os
 import re
 import time
 import zipfile
@@ -16,6 +17,8 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")         # see train_tiny.py
 
 import numpy as np
 import torch
