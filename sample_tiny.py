@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")         # see train_tiny.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # see train_tiny.py
 
 import numpy as np
 import torch

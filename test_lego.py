@@ -29,7 +29,7 @@ from hashlib import sha256
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")         # see train_tiny.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # see train_tiny.py
 
 import numpy as np
 import pytest
