@@ -1134,7 +1134,7 @@ class Trainer:
             speed = flops[name] / (step / 1000)
             print(f"{name:<23}{middle:>8.1f} ({low:.1f} to {high:.1f}){flops[name] / 1e9:>12.2f}"
                   f"{np.median(speed) / 1e9:>10.0f}{np.median(speed / peak):>8.1%}")
-            if self.model is own or name.startswith("as trained, bf16"):
+            if name == "as trained, bf16":
                 optimizers = np.median(update)
         print(f"the optimizers take {optimizers:.1f} ms; {4 * sum(p.numel() for p in own.parameters()) / 1e6:.1f}"
               f" MB of gradients to average between processes; peak memory "
