@@ -164,8 +164,8 @@ class LegoConfig:
         if bare.any():
             sigma = (4 * c_noise[bare]).exp()
             cover = works[:, bare].any(1).nonzero().flatten().tolist()
-            raise ValueError(f"no brick is left at sigma {sigma.min():.3g} to {sigma.max():.3g} "
-                             f"without {sorted(skip)}; these work there: {cover}")
+            raise ValueError(f"no brick is left from sigma {sigma.min():.3g} to {sigma.max():.3g} "
+                             f"without {sorted(skip)}: of these, keep some of {cover}")
         return runs
 
     def running(self, sigma, skip=()):

@@ -618,7 +618,7 @@ def test_a_level_without_a_brick_is_refused_before_the_first_evaluation(missing,
     model = filled(LegoConfig.parse("16/4x1@0.3: 8/2x1@:0.4", width=16, heads=2))
     model.register_forward_hook(lambda *_: pytest.fail("the network was evaluated"))
     first = max(level for level in EDM().levels(6) if level < .3 or not missing)
-    said = rf"no brick is left at sigma .*{first:.3g}\b.*; these work there: \[{missing}\]"
+    said = rf"no brick is left from sigma .*{first:.3g}\b.*keep some of \[{missing}\]"
     with pytest.raises(ValueError, match=said):
         EDM().sample(model, (1, 3, 16, 16), steps=6, skip=skip)
 
@@ -1375,8 +1375,8 @@ BAD_SAMPLING = {
     "--skip 0@0.5": "--skip", "--label 4": "--label", "--label -1": "--label", "--n 0": "--n",
     "--guidance nan": "--guidance", "--guidance -1": "--guidance", "--guidance inf": "--guidance",
     "--churn nan": "--churn", "--sampler magic": "--sampler", "--skip 0,1,2": "cannot skip all",
-    "--skip 0,1": "these work there: [0, 1]", "--skip '0,1@.5-1'": "no brick is left at sigma 0.",
-    "--skip '0@0-1;2@.5-1'": "no brick is left at sigma 0.", "--skip 7": "bricks 0 to 2",
+    "--skip 0,1": "keep some of [0, 1]", "--skip '0,1@.5-1'": "no brick is left from sigma 0.",
+    "--skip '0@0-1;2@.5-1'": "no brick is left from sigma 0.", "--skip 7": "bricks 0 to 2",
     "--skip 1@.5-.2": "must rise", "--label dragon": "dragon", "--ckpt README.md": "not a LEGO",
     "--ckpt nowhere.pt": "nowhere.pt", "--out x.bmp": "x.bmp", "--out README.md/s.png": "README.md",
     "--stages --bench": "not allowed with", "--stages --size 8": "take --size 16",
