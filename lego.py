@@ -519,13 +519,12 @@ def count_flops(config, block, k=None, rows=1, columns=1):
     """The FLOPs of brick k on so many regions, or of the embeddings (None), for one image:
     counted by torch on the meta device, which works out shapes and nothing else."""
     with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        model, c = Lego(config, block), torch.zeros(1, config.width)
         if k is None:
-            model.condition(torch.zeros(1), None)
+            Lego(config, block).condition(torch.zeros(1), None)
         else:
-            side = config.bricks[k].region
+            spec, side = config.bricks[k], config.bricks[k].region
             x = torch.zeros(1, config.channels, rows * side, columns * side)
-            model.bricks[k](x, x, c)
+            Brick(spec, config, k == 0, block)(x, x, torch.zeros(1, config.width))
     return counter.get_total_flops()
 
 

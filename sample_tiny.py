@@ -186,9 +186,9 @@ class Sampler:
                   f"{', '.join(map(str, counts))}")
         self.model.to(self.device)
         self.flops = 0
-        self.count_flops()
+        self.watch_flops()
 
-    def count_flops(self):
+    def watch_flops(self):
         """Let every brick that runs, and the embeddings, add to `self.flops`."""
         config, block = self.model.config, self.model.block
 

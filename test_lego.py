@@ -1064,7 +1064,7 @@ def test_pictures_have_white_lines_between_images(channels):
     ("--frobnicate", "unrecognized"), ("--steps many", "invalid int value"),
     ("--device abacus", "'abacus' cannot be used"), ("--dataset nowhere", "'nowhere'"),
     ("--dataset TEXT", "not what it should be"), ("--steps 1000000000000", "take a smaller batch")])
-def test_bad_flags_give_one_line_and_exit_code_2(flags, said, capsys, monkeypatch, tmp_path):
+def test_what_a_user_can_cause_makes_one_line_and_exit_code_2(flags, said, capsys, monkeypatch, tmp_path):
     (tmp_path / "TEXT").write_text("This is not a zip.")
 
     def main():
@@ -1473,9 +1473,7 @@ def test_losses_of_subsets(trained, capsys):
     whole = train_tiny.held_out_losses(model, EDM(), data, nullcontext, 64)
     assert rows[0]["loss"] == pytest.approx(whole["last"]) and rows[0]["ratio"] == 1
     assert rows[0]["quarters"] == pytest.approx([whole[f"quarter{i}"] for i in range(1, 5)])
-    images, labels = data.held(64)
-    noise = torch.randn(images.shape, generator=generator("held-out"))
-    levels = train_tiny.quantile_levels(64)
+    images, labels, levels, noise = train_tiny.held_out_batch(data, 64)
 
     @torch.no_grad()
     def loss(i, skip):

@@ -809,12 +809,17 @@ def quantile_levels(n):
     return EDM().sigma_at((order + .5) / n)
 
 
+def held_out_batch(data, count):
+    """At most `count` held-out images, labels, noise levels and noise, the same in every run."""
+    images, labels = data.held(count)
+    noise = torch.randn(images.shape, generator=generator("held-out"))
+    return images, labels, quantile_levels(len(images)), noise
+
+
 def held_out_losses(model, diffusion, data, autocast, count=512):
     """The held-out loss as named columns: of every brick in its noise range, of the last brick,
     the same by quarter of noise level, and at the high levels that decide the colours."""
-    images, labels = data.held(count)
-    noise = torch.randn(images.shape, generator=generator("held-out"))
-    sigma = quantile_levels(len(images))
+    images, labels, sigma, noise = held_out_batch(data, count)
     losses = losses_at(model, diffusion, images, labels, sigma, noise, autocast)
     last = last_brick(losses)
     columns = {f"brick{k}": loss for k, loss in enumerate(losses.nanmean(0))}
@@ -835,9 +840,8 @@ def useful_levels(model, diffusion, data, autocast, count=128, tolerance=0.005):
 
     It is measured by leaving bricks out, the most costly one first, at the low and the high end
     of its range, as long as this adds no more than `tolerance` of the held-out loss to either."""
-    images, labels = data.held(count)
-    noise = torch.randn(images.shape, generator=generator("held-out"))
-    sigma, K = quantile_levels(len(images)).sort()[0], len(model.config.bricks)
+    images, labels, sigma, noise = held_out_batch(data, count)
+    sigma, K = sigma.sort()[0], len(model.config.bricks)
     works = model.config.active(sigma.log() / 4)                                 # (K, n)
 
     @lru_cache(maxsize=None)

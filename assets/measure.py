@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lego
 import sample_tiny
 from sample_tiny import covering_subsets
-from train_tiny import (Parser, command, flag, last_brick, load_data, losses_at,
-                        quantile_levels, to_float)
+from train_tiny import (Parser, command, flag, held_out_batch, last_brick, load_data, losses_at,
+                        to_float)
 
 # ---- Distances between samples and images --------------------------------------------
 
@@ -150,14 +150,13 @@ def subset_losses(model, diffusion, data, autocast, count=512):
     last brick, also by quarter of noise level from low to high, its `ratio` to that of the full
     stack in the range of the removed brick where it is largest, and `gflops` of a default walk."""
     size, evaluations, rows = model.config.size, diffusion.evaluations(), []
-    images, labels = data.held(count)
-    noise = torch.randn(images.shape, generator=lego.generator("held-out"))
-    sigma = quantile_levels(len(images))
+    images, labels, sigma, noise = held_out_batch(data, count)
     works = model.config.active(sigma.log() / 4)                         # (K, n)
     for skip in tqdm(covering_subsets(model.config), "subsets", leave=False):
         losses = losses_at(model, diffusion, images, labels, sigma, noise, autocast, skip)
         loss = last_brick(losses)                                        # (n,)
-        full = full if skip else loss
+        if not skip:                        # the first of them, with which the others are compared
+            full = loss
         quarters = [float(part.mean()) for part in loss[sigma.argsort()].chunk(4)]
         ranges = [here for here in works[list(skip)] if here.any()]
         ratios = [loss[here].sum() / full[here].sum() for here in ranges]
