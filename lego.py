@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class BrickSpec:
-    """One brick. Numbers that do not fit raise a ValueError that names the remedy."""
+    """One brick. ValueError for numbers that do not fit."""
     region: int                     # side of its regions in pixels
     patch: int                      # side of its patches in pixels
     depth: int                      # number of its Transformer blocks
@@ -54,19 +54,20 @@ class BrickSpec:
         check_whole_numbers(self, region=1, patch=1, depth=1)
         if self.region % self.patch:
             fits = math.ceil(self.region / self.patch) * self.patch
-            raise ValueError(f"patches of {self.patch} do not fill region {self.region}; "
+            raise ValueError(f"patches of {self.patch} do not fill region {self.region}: "
                              f"take region {fits}")
         if self.tokens > 256 ** 2:              # no machine has the memory for such attention
-            raise ValueError(f"{self.tokens} tokens per region are too many; take larger patches")
+            raise ValueError(f"{self.tokens} tokens a region are too many: take larger patches")
         low, high = self.noise
         low, high = float(low or 0), math.inf if high is None else float(high)
         if not 0 <= low < high:
             raise ValueError(f"a noise range must rise from 0 or more, found {low:g}:{high:g}")
         object.__setattr__(self, "noise", (low, high))
 
-    def __str__(self):
-        noise = f"@{self.noise_range}".removesuffix("@:")
-        return f"{self.region}/{self.patch}x{self.depth}{noise}"
+    @property
+    def tokens(self):
+        """N, the tokens of a region, which is the span of attention."""
+        return (self.region // self.patch) ** 2
 
     @property
     def noise_range(self):
@@ -74,20 +75,14 @@ class BrickSpec:
         low, high = self.noise
         return f"{low or ''}:{high if high < math.inf else ''}"
 
-    @property
-    def tokens(self):
-        """N, the tokens of a region, which is the span of attention."""
-        return (self.region // self.patch) ** 2
-
-    def works_at(self, c_noise):
-        """Which of the levels c_noise = ln(sigma)/4, (B,), lie in the range: bool (B,)."""
-        low, high = torch.tensor(self.noise, dtype=c_noise.dtype).log() / 4
-        return (low <= c_noise) & (c_noise < high)
+    def __str__(self):
+        noise = f"@{self.noise_range}".removesuffix("@:")
+        return f"{self.region}/{self.patch}x{self.depth}{noise}"
 
 
 @dataclass(frozen=True)
 class LegoConfig:
-    """A whole network. Parts that do not fit raise a ValueError that names the remedy."""
+    """A whole network. ValueError for parts that do not fit."""
     bricks: tuple               # of BrickSpecs, or dictionaries of their fields, in running order
     width: int                  # D, of all Transformer blocks
     heads: int                  # of all attention
@@ -111,12 +106,13 @@ class LegoConfig:
         step = math.lcm(4, self.heads)          # 4: sine and cosine of row and column
         if self.width % step:
             fits = math.ceil(self.width / step) * step
-            raise ValueError(f"{self.heads} heads and 4 must divide width {self.width}; take width {fits}")
+            raise ValueError(f"{self.heads} heads and 4 must divide width {self.width}: "
+                             f"take width {fits}")
         reached = 0.0
-        top = [(math.inf, math.inf)]            # an empty range, which shows a gap below infinity
-        for low, high in sorted(b.noise for b in bricks) + top:
+        end = (math.inf, math.inf)              # shows a gap below infinity
+        for low, high in sorted([b.noise for b in bricks]) + [end]:
             if low > reached:
-                raise ValueError(f"no brick works at sigma {reached:g} to {low:g}: widen a noise range")
+                raise ValueError(f"no brick works at sigma {reached:g} to {low:g}: widen a range")
             reached = max(reached, high)
 
     @classmethod
@@ -129,10 +125,11 @@ class LegoConfig:
         for word in stack.split():
             match = re.fullmatch(rf"(\d+)/(\d+)x(\d+)(?:@{number}:{number})?", word)
             if not match:
-                raise ValueError(f"cannot read brick {word!r}: write region/patch x depth, such as "
-                                 f"32/4x6, or with a noise range 16/2x4@0.1:0.4")
-            noise = tuple(None if end is None else float(end) for end in match.groups()[3:])
-            bricks.append(BrickSpec(*map(int, match.groups()[:3]), noise))
+                raise ValueError(f"cannot read brick {word!r}: write region/patch x depth, such "
+                                 f"as 32/4x6, or with a noise range 16/2x4@0.1:0.4")
+            region, patch, depth, low, high = match.groups()
+            noise = float(low or 0), float(high or math.inf)
+            bricks.append(BrickSpec(int(region), int(patch), int(depth), noise))
         return cls(tuple(bricks), **settings)
 
     @classmethod
@@ -145,19 +142,19 @@ class LegoConfig:
         return " ".join(map(str, self.bricks))
 
     def checked(self, skip):
-        """The set of brick indices in `skip`; ValueError if one is unknown, or all are skipped."""
+        """`skip` as a set. ValueError if it names an unknown brick, or all of them."""
         skip, K = set(skip), len(self.bricks)
-        if not skip <= set(range(K)):
-            unknown = sorted(skip - set(range(K)))
-            raise ValueError(f"cannot skip brick {unknown}: this stack has bricks 0 to {K - 1}")
-        if len(skip) == K:
-            raise ValueError(f"cannot skip all {K} bricks: leave at least one")
+        if not skip < set(range(K)):
+            raise ValueError(f"cannot skip {sorted(skip)}: this stack has bricks 0 to {K - 1}, "
+                             f"and at least one must stay")
         return skip
 
     def active(self, c_noise, skip=()):
         """Which bricks run on which images, bool (K, B), for c_noise = ln(sigma)/4, (B,).
         ValueError if `skip` leaves an image without a brick."""
-        works = torch.stack([spec.works_at(c_noise) for spec in self.bricks])        # (K, B)
+        noise = torch.tensor([b.noise for b in self.bricks], dtype=c_noise.dtype)
+        low, high = noise.log().div(4).T[:, :, None]                     # (K, 1) each
+        works = (low <= c_noise) & (c_noise < high)                      # (K, B)
         runs = works.clone()
         runs[list(self.checked(skip))] = False
         bare = ~runs.any(0)                     # (B,), the images that are left without a brick
@@ -170,16 +167,17 @@ class LegoConfig:
 
     def running(self, sigma, skip=()):
         """The indices of the bricks that run at the noise level `sigma`, a number."""
-        active = self.active(torch.tensor([sigma]).log() / 4, skip)[:, 0]
-        return active.nonzero().flatten().tolist()
+        active = self.active(torch.tensor([sigma]).log() / 4, skip)
+        return active[:, 0].nonzero().flatten().tolist()
 
 
 def check_whole_numbers(spec, **least):
-    """Raise a ValueError unless these fields are whole numbers from `least` to 16384."""
+    """ValueError unless these fields are whole numbers from `least` to 16384."""
     for name, smallest in least.items():
         value = getattr(spec, name)
         if type(value) is not int or not smallest <= value <= 16384:
-            raise ValueError(f"{name} must be a whole number from {smallest} to 16384, found {value!r}")
+            raise ValueError(f"{name} must be a whole number from {smallest} to 16384, "
+                             f"found {value!r}")
 
 
 # Ours: the default, and the plain DiTs of the same width that it is compared with.
@@ -201,13 +199,13 @@ for _name, _stack in {
         "XL-PG-64": "4/2x4 16/8x12 64/2x14",
         "XL-U-32": "32/2x14 16/8x10 4/2x4 16/8x10 32/2x14",
         "XL-U-64": "64/2x14 16/8x12 4/2x4 16/8x12 64/2x14"}.items():
-    _sizes = {"S": (384, 6, 3), "L": (1024, 16, 3), "XL": (1152, 16, 4)}     # XL is for latents
-    _width, _heads, _channels = _sizes[_name.split("-")[0]]
-    _official = partial(LegoConfig.official, classes=1000, width=_width, heads=_heads,
-                        channels=_channels)
-    PRESETS[_name] = _official(_stack)
+    _width, _heads, _channels = {                                        # XL is for latents
+        "S": (384, 6, 3), "L": (1024, 16, 3), "XL": (1152, 16, 4)}[_name.split("-")[0]]
+    _config = LegoConfig.official(
+        _stack, classes=1000, width=_width, heads=_heads, channels=_channels)
+    PRESETS[_name] = _config
     if "PG" in _name:
-        PRESETS[_name.replace("PG", "PR")] = _official(" ".join(reversed(_stack.split())))
+        PRESETS[_name.replace("PG", "PR")] = replace(_config, bricks=_config.bricks[::-1])
 
 # ---- Building blocks -----------------------------------------------------------------
 
@@ -292,43 +290,38 @@ class Block(nn.Module):
 class Grid:
     """How a brick cuts a canvas of H x W pixels into regions and patches.
 
-    `offset` shifts the grid down and right by so many pixels. Where regions reach over the edge
-    of the canvas, it is padded with copies of its edge pixels. With `wrap` its left and right
-    edge meet: if whole regions fill its width, it is rolled and needs no padding there."""
+    `offset` shifts the grid down and right by so many pixels. Where regions reach over the
+    edge of the canvas, it is padded with copies of its edge pixels."""
 
-    def __init__(self, spec, config, H, W, offset=(0, 0), wrap=False):
+    def __init__(self, spec, config, H, W, offset=(0, 0)):
         self.spec, self.config, self.H, self.W = spec, config, H, W
         region = spec.region
-        rolls = wrap and W % region == 0
-        self.roll = offset[1] % region if rolls else 0
-        self.top = (-offset[0]) % region        # pixels of padding above the canvas
-        self.left = 0 if rolls else (-offset[1]) % region
+        self.top, self.left = -offset[0] % region, -offset[1] % region  # pixels of padding
         self.rows = math.ceil((self.top + H) / region)
         self.columns = math.ceil((self.left + W) / region)
         right = self.columns * region - self.left - W
         bottom = self.rows * region - self.top - H
         self.padding = self.left, right, self.top, bottom
 
+    def cut(self, x):
+        """A canvas (B, C, H, W) to its patches (B, R, N, p * p, C)."""
+        return self.tile(pad(x, self.padding, mode="replicate") if any(self.padding) else x)
+
     def tile(self, x):
-        """A padded canvas to (B, R, N, p * p, C): regions, patches and pixels row by row."""
-        (B, C, _, _), p, n = x.shape, self.spec.patch, self.spec.region // self.spec.patch
+        """A canvas that is padded already to (B, R, N, p * p, C), all of them row by row."""
+        B, C = x.shape[:2]
+        p, n = self.spec.patch, self.spec.region // self.spec.patch
         x = x.view(B, C, self.rows, n, p, self.columns, n, p)
         x = x.permute(0, 2, 5, 3, 6, 4, 7, 1)              # (B, rows, columns, n, n, p, p, C)
         return x.reshape(B, -1, n * n, p * p, C)
 
-    def cut(self, x):
-        """A canvas (B, C, H, W) to (B, R, N, p * p, C)."""
-        x = x.roll(-self.roll, 3) if self.roll else x
-        return self.tile(pad(x, self.padding, mode="replicate") if any(self.padding) else x)
-
-    def join(self, pixels):
+    def join(self, patches):
         """(B, R, N, p * p * C) back to a canvas (B, C, H, W), without the padding."""
-        B, p, n = len(pixels), self.spec.patch, self.spec.region // self.spec.patch
-        x = pixels.reshape(B, self.rows, self.columns, n, n, p, p, -1)
+        B, p, n = len(patches), self.spec.patch, self.spec.region // self.spec.patch
+        x = patches.reshape(B, self.rows, self.columns, n, n, p, p, -1)
         x = x.permute(0, 7, 1, 3, 5, 2, 4, 6)              # (B, C, rows, n, p, columns, n, p)
         x = x.reshape(B, -1, self.rows * n * p, self.columns * n * p)
-        x = x[:, :, self.top:self.top + self.H, self.left:self.left + self.W]
-        return x.roll(self.roll, 3) if self.roll else x
+        return x[:, :, self.top:self.top + self.H, self.left:self.left + self.W]
 
     def mask(self, device):
         """(R, N, N): True where a token may look. Tokens of nothing but padding see only each
@@ -340,11 +333,12 @@ class Grid:
         return real[:, :, None] == real[:, None, :]
 
     def coordinates(self, device):
-        """The place (R, N, p * p, 2) of every pixel: row and column, from -1 to 1 over the image
-        in training."""
+        """The place (R, N, p * p, 2) of every pixel: row and column, from -1 to 1 over the
+        image in training."""
         rows = self.axis(self.rows, self.top, self.H, device)
         columns = self.axis(self.columns, self.left, self.W, device)
-        return self.tile(torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None])[0]
+        place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+        return self.tile(place[None])[0]
 
     def axis(self, regions, before, length, device):
         """The coordinates along an axis of so many regions, padding included."""
@@ -382,33 +376,30 @@ class Brick(nn.Module):
         table = position_table(spec.region // spec.patch, D)
         self.register_buffer("position", table, persistent=False)
 
-    def forward(self, x, z, c, regions=None, offset=(0, 0), wrap=False):
-        """The new z under the condition c (B, D). `regions` holds the indices of the regions to
-        run, outside of which z stays as it is (None: all); offset, wrap: see `Grid`."""
-        grid = Grid(self.spec, self.config, *x.shape[2:], offset, wrap)
+    def forward(self, x, z, c, regions=None, offset=(0, 0)):
+        """The new z under the condition c (B, D). `regions` holds the indices of the regions
+        to run, outside of which z stays as it is (None: all). See `Grid` for offset."""
+        grid = Grid(self.spec, self.config, *x.shape[2:], offset)
         old = grid.cut(z)                                                # (B, R, N, p * p, C)
+        place = grid.coordinates(x.device).to(x.dtype).expand(len(x), -1, -1, -1, -1)
+        seen = [grid.cut(x), place] if self.first else [old, grid.cut(x), place]
+        pixels = torch.cat(seen, 4).flatten(3)                           # (B, R, N, inputs)
         mask = grid.mask(x.device)                                       # (R, N, N) or None
-        pixels = self.see(grid, x, old)                                  # (B, R, N, inputs)
+
         B, R, N, _ = pixels.shape
         regions = torch.arange(R, device=x.device) if regions is None else regions
-        # Without gradients a few regions run at a time, so that large canvases need little memory.
         few = R if torch.is_grad_enabled() else CHUNK.get(x.device.type, 65536) // (B * N)
         new = []
-        for part in regions.split(max(1, few)):
-            h = pixels.index_select(1, part).to(c.dtype)                 # (B, few, N, inputs)
-            h = self.enrich(h)                                           # (B, few, N, D)
-            h = self.orchestrate(h, c, None if mask is None else mask[part])
-            new.append(self.to_pixels(h, c).to(x.dtype))                 # (B, few, N, p * p * C)
+        for some in regions.split(max(1, few)):     # few at a time, which takes little memory
+            h = self.enrich(pixels[:, some].to(c.dtype))                 # (B, few, N, D)
+            h = self.orchestrate(h, c, None if mask is None else mask[some])
+            shift, scale = self.adaln(c)[:, None, None].chunk(2, -1)     # each (B, 1, 1, D)
+            h = self.decode(modulate(h, shift, scale))                   # (B, few, N, p * p * C)
+            new.append(h.to(x.dtype))
         new, old = torch.cat(new, 1), old.flatten(3)
         if self.config.residual:
-            new = new + old.index_select(1, regions)
+            new = new + old[:, regions]
         return grid.join(old.index_copy(1, regions, new))
-
-    def see(self, grid, x, z):
-        """The pixels [z, x, row, column] of every patch, (B, R, N, inputs), for a z cut already."""
-        place = grid.coordinates(x.device).to(x.dtype)                   # (R, N, p * p, 2)
-        seen = [grid.cut(x), place.expand(len(x), -1, -1, -1, -1)]
-        return torch.cat(seen if self.first else [z, *seen], 4).flatten(3)
 
     def enrich(self, pixels):
         """Local-feature enrichment: each patch becomes a token, (B, R, N, D)."""
@@ -424,11 +415,6 @@ class Brick(nn.Module):
         for block in self.blocks:
             h = block(h, c, mask)
         return h
-
-    def to_pixels(self, h, c):
-        """Decode each token to the pixels of its patch, (B, R, N, p * p * C)."""
-        shift, scale = self.adaln(c)[:, None, None].chunk(2, -1)         # each (B, 1, 1, D)
-        return self.decode(modulate(h, shift, scale))
 
 
 # ---- The stack -----------------------------------------------------------------------
@@ -464,7 +450,7 @@ class Lego(nn.Module):
             # "No label" is the zero vector, to which the layer still adds its bias.
             c = c + self.label(one_hot(labels, self.config.classes + 1)[:, :-1].to(c.dtype))
         elif labels is not None:
-            raise ValueError("labels were given, but this network has no classes: pass labels=None")
+            raise ValueError("this network has no classes: pass labels=None")
         return silu(c)
 
     def forward(self, x, c_noise, labels=None, *,
@@ -473,7 +459,7 @@ class Lego(nn.Module):
                 rows=None,              # a slice for every brick: the images that it runs for
                 regions=None,           # for every brick the indices of regions to run, or None
                 hidden=None,            # (B, K) bool: later bricks get the z that this one got
-                offset=(0, 0), wrap=False):             # see `Grid`
+                offset=(0, 0)):         # see `Grid`
         """F of the last brick that ran, (B, C, H, W). Where a brick does not run, z passes it by.
 
         x is c_in times the noisy images, of any H and W. c_noise (B,) is ln(sigma)/4. A brick
@@ -486,30 +472,27 @@ class Lego(nn.Module):
             rows = self.config.active(c_noise.cpu(), skip)               # (K, B), bool
         c = self.condition(c_noise, labels)
         z, out = torch.zeros_like(x), []
-        for k in self.ran(rows, skip, len(x)):
-            here, some = rows[k], regions[k] if regions else None
+        for k, brick in enumerate(self.bricks):
+            here = rows[k]
+            if k in skip or not len(x[here]):
+                continue
             z = z.detach() if self.config.detach else z
             new = z.clone()
-            new[here] = self.bricks[k](x[here], z[here], c[here], some, offset, wrap)
+            some = regions[k] if regions else None
+            new[here] = brick(x[here], z[here], c[here], some, offset)
             out.append(new)
             z = new if hidden is None else torch.where(hidden[:, k, None, None, None], z, new)
         return out if return_all else out[-1]
 
-    def ran(self, rows, skip, B):
-        """The indices of the bricks that run for some of B images. An element of `rows` selects
-        images, as a slice or as bools."""
-        images = torch.arange(B)
-        return [k for k, here in enumerate(rows) if k not in skip and len(images[here])]
-
-    def flops(self, H, W, skip=(), sigma=None, offset=(0, 0), wrap=False):
+    def flops(self, H, W, skip=(), sigma=None, offset=(0, 0)):
         """Floating-point operations (a multiply-add is two) of one evaluation of an H x W image:
         a number for every brick, 0 where it does not run, and last the shared embeddings.
         With `sigma` only the bricks that work there run."""
         config, skip = self.config, self.config.checked(skip)
-        run = set(range(len(config.bricks))) if sigma is None else config.running(sigma, skip)
+        run = range(len(config.bricks)) if sigma is None else config.running(sigma, skip)
         flops = [0] * len(config.bricks) + [count_flops(config, self.block)]
         for k in set(run) - skip:
-            grid = Grid(config.bricks[k], config, H, W, offset, wrap)
+            grid = Grid(config.bricks[k], config, H, W, offset)
             flops[k] = count_flops(config, self.block, k, grid.rows, grid.columns)
         return flops
 
@@ -612,7 +595,7 @@ def normal(shape, generator, device):
 REFINE = 0.3            # the noise level from which an enlarged canvas is denoised again
 
 
-def pick_regions(spec, fraction, H, W, point, device):
+def pick_regions(spec, fraction, H, W, point):
     """The indices of the regions to train on, and the weights (1, 1, H, W), of mean 1, of the
     pixels in the loss.
 
@@ -625,7 +608,7 @@ def pick_regions(spec, fraction, H, W, point, device):
     chosen = distance.argsort()[:max(1, round(fraction * len(distance)))]
     weight = torch.zeros(len(distance)).index_fill(0, chosen, 1).view(1, 1, rows, columns)
     weight = interpolate(weight, scale_factor=spec.region)[..., :H, :W]
-    return chosen.to(device), (weight / weight.mean()).to(device)
+    return chosen, weight / weight.mean()
 
 
 def canvases(size, H, W):
@@ -664,8 +647,8 @@ class Diffusion:
         Of several processes, a rank has every world-th of the noise levels, and draws are those
         of the whole batch. ValueError if a brick works at none of the levels of a batch."""
         B, C, H, W = x0.shape
-        (rank, world), K, skip = shard, len(model.config.bricks), model.config.checked(skip)
-        n, device = world * B, x0.device
+        (rank, world), device, config = shard, x0.device, model.config
+        n, K = world * B, len(config.bricks)
 
         def draw(*shape, law=torch.rand):       # for the whole batch, of which we keep our part
             return law(n, *shape, generator=generator)[rank::world].to(device)
@@ -673,13 +656,13 @@ class Diffusion:
         # Noise: the levels rise, so that each brick runs on a slice of the batch.
         order = torch.arange(B, device=device)                           # the image of each level
         if sigma is None:
-            rows = self.rows(model.config, n, shard)
+            rows = self.rows(config, n, shard)
             sigma = self.sigma_at((torch.arange(rank, n, world, device=device) + draw()) / n)
             order = draw().argsort() if shuffle else order
-            if skip:                            # a ValueError if some level has no brick left
-                model.config.active(sigma.cpu().log() / 4, skip)
         else:
-            rows = model.config.active(sigma.cpu().log() / 4, skip)
+            rows = config.active(sigma.cpu().log() / 4, skip)
+        if skip:                                # a ValueError if some level has no brick left
+            config.active(sigma.cpu().log() / 4, skip)
         x0 = x0[order]
         labels = None if labels is None else labels[order]
         noise = draw(C, H, W, law=torch.randn) if noise is None else noise[order]
@@ -688,13 +671,14 @@ class Diffusion:
 
         # Run.
         if labels is not None and label_drop:
-            labels = labels.masked_fill(draw() < label_drop, model.config.classes)
+            labels = labels.masked_fill(draw() < label_drop, config.classes)
         drop = torch.as_tensor(brick_drop, device=device)
         hidden = draw(K) < drop if drop.any() else None                  # (B, K)
         point = torch.rand(2, generator=generator)
-        pairs = zip(model.config.bricks, region_fraction or [1.0] * K, strict=True)
-        picked = [pick_regions(spec, share, H, W, point, device) for spec, share in pairs]
-        regions, weights = zip(*picked)
+        pairs = zip(config.bricks, region_fraction or [1.0] * K, strict=True)
+        picked = [pick_regions(spec, share, H, W, point) for spec, share in pairs]
+        regions = [chosen.to(device) for chosen, _ in picked]
+        weights = [weight.to(device) for _, weight in picked]
         c_skip, c_out, c_in, c_noise = self.coefficients(s)
         out = model(c_in * x, c_noise.flatten(), labels, skip=skip, return_all=True, rows=rows,
                     regions=regions, hidden=hidden)
@@ -702,7 +686,8 @@ class Diffusion:
         # Compare with what F should have been.
         target = (x0 - c_skip * x) / c_out
         losses, total, last = x0.new_full((B, K), torch.nan), 0.0, x0.new_zeros(B)
-        for k, F in zip(model.ran(rows, skip, B), out):
+        ran = [k for k in range(K) if k not in skip and len(x[rows[k]])]
+        for k, F in zip(ran, out, strict=True):
             error = (F - target)[rows[k]].square() * weights[k]
             error = error.mean((1, 2, 3))
             losses[rows[k], k] = error.detach()
@@ -726,9 +711,9 @@ class Diffusion:
         return rows
 
     def denoise(self, model, x, sigma, labels=None, *, skip=(), guidance=1.0, return_all=False,
-                offset=(0, 0), wrap=False):
+                offset=(0, 0)):
         """x0_hat from x = x0 + sigma eps, (B, C, H, W), or with `return_all` a list with that of
-        every brick that ran. sigma is a number or (B,); skip, offset and wrap go to the model.
+        every brick that ran. sigma is a number or (B,); skip and offset go to the model.
 
         Guidance g other than 1 is none + g (label - none), the estimates with and without label.
         ValueError if there are no labels to guide with, or if no brick is left."""
@@ -740,7 +725,7 @@ class Diffusion:
                 raise ValueError(f"guidance {guidance} needs labels: pass them, or take guidance=1")
             inputs, c_noise = inputs.repeat(2, 1, 1, 1), c_noise.repeat(2)
             labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
-        out = model(inputs, c_noise, labels, skip=skip, return_all=True, offset=offset, wrap=wrap)
+        out = model(inputs, c_noise, labels, skip=skip, return_all=True, offset=offset)
         if guidance != 1:
             halves = [F.chunk(2) for F in out]
             out = [none + guidance * (label - none) for label, none in halves]
@@ -761,7 +746,6 @@ class Diffusion:
             raise ValueError(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
         if churn and sampler not in self.with_churn:
             raise ValueError("churn is for EDM and the samplers heun and euler: take churn=0")
-
         asked, zero = [], torch.zeros(1)
 
         def estimate(step, x, sigma):
@@ -774,10 +758,10 @@ class Diffusion:
     def schedule(self, config, skip=(), steps=None, sampler=None, churn=0.0):
         """The bricks that each step leaves out, as sets, for the arguments of `sample`.
         ValueError if an evaluation would find no brick at its noise level."""
-        steps = self.steps if steps is None else steps
-        fixed = None if callable(skip) else frozenset(skip)
-        skips = [frozenset(skip(i / steps)) if fixed is None else fixed for i in range(steps)]
         asked = self.evaluations(steps, sampler, churn)
+        steps = 1 + asked[-1][0]
+        skips = [skip(i / steps) if callable(skip) else skip for i in range(steps)]
+        skips = [frozenset(some) for some in skips]
         for some in set(skips):
             sigmas = torch.tensor([sigma for i, sigma in asked if skips[i] == some])
             config.active(sigmas.log() / 4, some)
@@ -800,34 +784,37 @@ class Diffusion:
         A canvas of another size than in training is made so (ours), and `guide` and `callback`
         see all its stages:
         1. Its scene is made at the training height, which decides how large things are.
-        2. If it is wider than in training, its edges meet as in a panorama, and the grid of
-           regions shifts sideways at every step, so that no seam stays. The middle is cut out.
+        2. If it is wider than in training, its edges meet as in a panorama, which turns under
+           the regions at every step, so that no seam stays. The middle is cut out.
         3. It is enlarged by at most two at a time. Each time noise of the level REFINE is added
-           and removed again, while the grid shifts both ways.
+           and removed again, while the grid of regions shifts both ways.
         4. A canvas lower than in training is a shrunken one."""
-        sampler, steps = sampler or self.sampler, self.steps if steps is None else steps
         skips = self.schedule(model.config, skip, steps, sampler, churn)
-        levels, device = self.levels(steps), next(model.parameters()).device
+        levels, device = self.levels(len(skips)), next(model.parameters()).device
         (B, C, H, W), size = shape, model.config.size
         (h, w), *larger = canvases(size, H, W)
         restart = next(i for i, sigma in enumerate(levels) if sigma <= REFINE)
-        total = steps + (steps - restart) * sum(height > size for height, _ in larger)
+        refined = sum(height > size for height, _ in larger)
+        total = len(skips) + refined * (len(skips) - restart)
         done, x0_hat = count(1), None
 
-        def descend(x, first, shift, wrap=False):
-            """From x at levels[first] to clean images; the grid shifts at every step."""
+        def descend(x, first, turn=0, shift=(0, 0)):
+            """From x at levels[first] to clean images. At every step the canvas turns sideways,
+            and the grid shifts down and across, by so many pixels more."""
             def estimate(i, x, sigma):
                 nonlocal x0_hat
                 moves = i - first + 1
                 offset = moves * shift[0] % size, moves * shift[1] % size
-                x0_hat = self.estimate(model, x, sigma, labels, skip=skips[i], guidance=guidance,
-                                       offset=offset, wrap=wrap)
+                turned = x.roll(-moves * turn, 3)
+                x0_hat = self.estimate(model, turned, sigma, labels, skip=skips[i],
+                                       guidance=guidance, offset=offset)
+                x0_hat = x0_hat.roll(moves * turn, 3)
                 x0_hat = guide(x0_hat, x, sigma) if guide else x0_hat
                 x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
                 return x0_hat
 
             noise = partial(normal, x.shape, generator, device)
-            for x in walk(x, levels, sampler, estimate, noise, first, churn):
+            for x in walk(x, levels, sampler or self.sampler, estimate, noise, first, churn):
                 if callback:
                     callback(next(done), total, x0_hat)
             return x                            # the last one, at level 0
@@ -837,14 +824,14 @@ class Diffusion:
                         for least in (size // 3, size * 2 // 5))
         full = math.ceil(w / size) * size       # whole training images, which fit all regions
         x = levels[0] * normal((B, C, h, full), generator, device)
-        x0 = descend(x, 0, (0, across if w > size else 0), wrap=w > size)
+        x0 = descend(x, 0, turn=across if w > size else 0)
         left = (full - w) // 2
         x0 = x0[..., left:left + w]
         for h, w in larger:
             x0 = interpolate(x0, (h, w), mode="bicubic", antialias=True)
             if h > size:
                 x = x0 + levels[restart] * normal(x0.shape, generator, device)
-                x0 = descend(x, restart, (down, across))
+                x0 = descend(x, restart, shift=(down, across))
         return x0
 
 
@@ -1007,7 +994,8 @@ def load_checkpoint(path, block=Block):
         raise ValueError(f"the blocks in {path} are of the class {state['block']}, not "
                          f"{block.__name__}: pass block={state['block']} to load_checkpoint")
     with torch.device("meta"):          # which costs nothing, whatever size the config claims
-        shapes = {name: w.shape for name, w in Lego(state["config"], block).state_dict().items()}
+        model = Lego(state["config"], block)
+    shapes = {name: w.shape for name, w in model.state_dict().items()}
     if shapes != {name: w.shape for name, w in state["weights"].items()}:
         raise ValueError(f"{path}: the weights do not fit the stack {state['config']}")
     model = Lego(state["config"], block)
@@ -1048,4 +1036,5 @@ def load_official(model, state_dict):
     try:
         model.load_state_dict(ours)
     except RuntimeError as error:
-        raise ValueError("the weights do not fit this stack: " + " ".join(str(error).split())) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the weights do not fit this stack: {reason}") from error

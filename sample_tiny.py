@@ -193,8 +193,8 @@ class Sampler:
         config, block = self.model.config, self.model.block
 
         def brick_runs(k, brick, inputs):
-            x, _, _, _, offset, wrap = inputs
-            grid = Grid(brick.spec, config, *x.shape[2:], offset, wrap)
+            x, _, _, _, offset = inputs
+            grid = Grid(brick.spec, config, *x.shape[2:], offset)
             self.flops += len(x) * count_flops(config, block, k, grid.rows, grid.columns)
 
         def stack_runs(model, inputs):
