@@ -8,14 +8,21 @@ Symbols: x0 is a clean image in [-1, 1], sigma a noise level, eps unit noise, x 
 eps the noisy image, x0_hat an estimate of x0, F the raw output of the network (from which
 x0_hat = c_skip x + c_out F), c the condition (noise level and label). Shapes: B images, C
 channels, H x W pixels, R regions an image, N tokens a region, p x p pixels a patch, width D,
-K bricks. A canvas is an image of any size, of that in training or another.
+K bricks. A canvas is an image of any size, not only of the training size.
 
-A LEGO network is a stack of bricks. Every brick sees the noisy image x and z, the estimate of
-F by the brick before it (zeros before the first). It cuts both into regions and each region
-into patches, turns every patch into a token, lets the tokens of a region attend to each
-other, and hands on a new z at full resolution. All bricks estimate the same F, so any of them
-can be left out: z then passes it by. Ours: a brick may also state the noise levels at which
-it works. Outside of them it is skipped, in training and sampling alike, and costs nothing.
+A LEGO network is a stack of bricks, which hand on z, an estimate of F at full resolution:
+
+    z = 0
+    for brick in bricks:
+        cut     [z, x, coordinates] into regions, and every region into patches
+        enrich  every patch by an MLP, which makes it a token
+        attend  from token to token within each region, in a few Transformer blocks
+        decode  every token to the pixels of its patch, and join them to a correction
+        add     the correction to z
+
+All bricks estimate the same F, so any of them can be left out: z then passes it by, unchanged.
+Ours: a brick may also state the noise levels at which it works. Outside of them it is
+skipped, in training (to the nearest image of a batch) and sampling alike, and costs nothing.
 
 SPDX-License-Identifier: MIT
 """
@@ -89,7 +96,7 @@ class LegoConfig:
     channels: int = 3
     classes: int = 0            # 0 makes an unconditional network
     size: int | None = None     # side of the training images (None: the largest region)
-    mlp_ratio: int = 4          # width of a block's MLP over D
+    mlp_ratio: int = 4          # hidden width of a block's MLP in units of D
     local_mlp: bool = True      # True: an MLP makes a token (paper). False: one linear map
     residual: bool = True       # True: a brick adds to z (ours). False: it replaces z
     detach: bool = True         # True: no gradient flows back through z (ours)
@@ -109,7 +116,7 @@ class LegoConfig:
             raise ValueError(f"{self.heads} heads and 4 must divide width {self.width}: "
                              f"take width {fits}")
         reached = 0.0
-        end = (math.inf, math.inf)              # shows a gap below infinity
+        end = (math.inf, math.inf)              # an empty range, which shows a gap below infinity
         for low, high in sorted([b.noise for b in bricks]) + [end]:
             if low > reached:
                 raise ValueError(f"no brick works at sigma {reached:g} to {low:g}: widen a range")
@@ -152,6 +159,7 @@ class LegoConfig:
     def active(self, c_noise, skip=()):
         """Which bricks run on which images, bool (K, B), for c_noise = ln(sigma)/4, (B,).
         ValueError if `skip` leaves an image without a brick."""
+        # c_noise is compared, not sigma: to undo the logarithm would round, and 0.3 fall below 0.3.
         noise = torch.tensor([b.noise for b in self.bricks], dtype=c_noise.dtype)
         low, high = noise.log().div(4).T[:, :, None]                     # (K, 1) each
         works = (low <= c_noise) & (c_noise < high)                      # (K, B)
@@ -171,41 +179,14 @@ class LegoConfig:
         return active[:, 0].nonzero().flatten().tolist()
 
 
-def check_whole_numbers(spec, **least):
-    """ValueError unless these fields are whole numbers from `least` to 16384."""
-    for name, smallest in least.items():
+def check_whole_numbers(spec, **minimums):
+    """ValueError unless these fields are whole numbers from their minimum to 16384."""
+    for name, least in minimums.items():
         value = getattr(spec, name)
-        if type(value) is not int or not smallest <= value <= 16384:
-            raise ValueError(f"{name} must be a whole number from {smallest} to 16384, "
+        if type(value) is not int or not least <= value <= 16384:
+            raise ValueError(f"{name} must be a whole number from {least} to 16384, "
                              f"found {value!r}")
 
-
-# Ours: the default, and the plain DiTs of the same width that it is compared with.
-PRESETS = {name: LegoConfig.parse(stack, width=128, heads=4) for name, stack in {
-    "tiny": "32/4x6@0.3: 32/4x6@:0.4 16/2x4@:0.4 8/2x2@:0.16",
-    "dit-4": "32/4x9",
-    "dit-2": "32/2x9"}.items()}
-# The authors'. PR (progressive refinement) is PG (growth) in reverse, and is added below.
-for _name, _stack in {
-        "S-PG-64": "4/2x2 16/8x4 64/2x6",
-        "S-U-64": "64/2x6 16/8x4 4/2x2 16/8x4 64/2x6",
-        "S-U-32": "32/2x6 16/8x4 4/2x2 16/8x4 32/2x6",
-        "L-PG-64": "4/2x6 16/8x8 64/2x12",
-        "L-PG-64-released": "4/2x6 16/8x6 64/2x12",
-        "L-PG-32": "4/2x4 16/8x8 32/2x12",
-        "L-U-64": "64/2x12 16/8x8 4/2x6 16/8x8 64/2x12",
-        "L-U-32": "32/2x12 16/8x8 4/2x6 16/8x8 32/2x12",
-        "XL-PG-32": "4/2x4 16/8x12 32/2x14",
-        "XL-PG-64": "4/2x4 16/8x12 64/2x14",
-        "XL-U-32": "32/2x14 16/8x10 4/2x4 16/8x10 32/2x14",
-        "XL-U-64": "64/2x14 16/8x12 4/2x4 16/8x12 64/2x14"}.items():
-    _width, _heads, _channels = {                                        # XL is for latents
-        "S": (384, 6, 3), "L": (1024, 16, 3), "XL": (1152, 16, 4)}[_name.split("-")[0]]
-    _config = LegoConfig.official(
-        _stack, classes=1000, width=_width, heads=_heads, channels=_channels)
-    PRESETS[_name] = _config
-    if "PG" in _name:
-        PRESETS[_name.replace("PG", "PR")] = replace(_config, bricks=_config.bricks[::-1])
 
 # ---- Building blocks -----------------------------------------------------------------
 
@@ -255,13 +236,15 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, self.heads = config.width, config.heads
+        D = config.width
+        self.heads = config.heads
         self.gelu = "tanh" if config.released else "none"
         self.adaln = nn.Linear(D, 6 * D)
         self.qkv = nn.Linear(D, 3 * D)
         self.proj = nn.Linear(D, D)
         self.fc1 = nn.Linear(D, config.mlp_ratio * D)
         self.fc2 = nn.Linear(config.mlp_ratio * D, D)
+        self.takes_mask = "mask" in inspect.signature(self.mix).parameters
 
     def mix(self, h, mask=None):
         """The one place where tokens meet: attention within each region, (B, R, N, D) to the
@@ -272,14 +255,14 @@ class Block(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(B, R, N, D))
 
     def forward(self, h, c, mask=None):
-        if mask is not None and "mask" not in inspect.signature(self.mix).parameters:
+        if mask is not None and not self.takes_mask:
             raise ValueError(f"{type(self).__name__}.mix has no parameter `mask`, so padding would "
                              f"leak into the picture: honour a mask, or keep to whole regions")
         modulation = self.adaln(c)[:, None, None].chunk(6, -1)           # each (B, 1, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         normed = modulate(h, shift1, scale1)
         mixed = self.mix(normed) if mask is None else self.mix(normed, mask)
-        h = torch.addcmul(h, gate1, mixed)
+        h = torch.addcmul(h, gate1, mixed)                               # h + gate1 * mixed
         wide = gelu(self.fc1(modulate(h, shift2, scale2)), approximate=self.gelu)
         return torch.addcmul(h, gate2, self.fc2(wide))
 
@@ -308,7 +291,7 @@ class Grid:
         return self.tile(pad(x, self.padding, mode="replicate") if any(self.padding) else x)
 
     def tile(self, x):
-        """A canvas that is padded already to (B, R, N, p * p, C), all of them row by row."""
+        """A padded canvas to its patches (B, R, N, p * p, C), everything row by row."""
         B, C = x.shape[:2]
         p, n = self.spec.patch, self.spec.region // self.spec.patch
         x = x.view(B, C, self.rows, n, p, self.columns, n, p)
@@ -334,7 +317,7 @@ class Grid:
 
     def coordinates(self, device):
         """The place (R, N, p * p, 2) of every pixel: row and column, from -1 to 1 over the
-        image in training."""
+        image in training (released code: over the canvas), and beyond that in padding."""
         rows = self.axis(self.rows, self.top, self.H, device)
         columns = self.axis(self.columns, self.left, self.W, device)
         place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
@@ -354,7 +337,7 @@ class Grid:
 
 # ---- The brick -----------------------------------------------------------------------
 
-CHUNK = {"cpu": 4096, "cuda": 65536}    # tokens that a brick works on at a time in sampling
+CHUNK = {"cpu": 4096}       # tokens that a brick works on at a time in sampling; else 65536
 
 
 class Brick(nn.Module):
@@ -389,11 +372,11 @@ class Brick(nn.Module):
         B, R, N, _ = pixels.shape
         regions = torch.arange(R, device=x.device) if regions is None else regions
         few = R if torch.is_grad_enabled() else CHUNK.get(x.device.type, 65536) // (B * N)
+        shift, scale = self.adaln(c)[:, None, None].chunk(2, -1)         # each (B, 1, 1, D)
         new = []
         for some in regions.split(max(1, few)):     # few at a time, which takes little memory
             h = self.enrich(pixels[:, some].to(c.dtype))                 # (B, few, N, D)
             h = self.orchestrate(h, c, None if mask is None else mask[some])
-            shift, scale = self.adaln(c)[:, None, None].chunk(2, -1)     # each (B, 1, 1, D)
             h = self.decode(modulate(h, shift, scale))                   # (B, few, N, p * p * C)
             new.append(h.to(x.dtype))
         new, old = torch.cat(new, 1), old.flatten(3)
@@ -500,7 +483,8 @@ class Lego(nn.Module):
 @lru_cache(maxsize=1024)
 def count_flops(config, block, k=None, rows=1, columns=1):
     """The FLOPs of brick k on so many regions, or of the embeddings (None), for one image:
-    counted by torch on the meta device, which works out shapes and nothing else."""
+    counted by torch on the meta device, which works out shapes and nothing else. (With
+    gradients a brick works on all its regions at once.)"""
     with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         if k is None:
             Lego(config, block).condition(torch.zeros(1), None)
@@ -581,7 +565,7 @@ def generator(*key):
 
 def normal(shape, generator, device):
     """Unit noise, drawn on the CPU and so the same on every device. `generator` is one for
-    all, or a list with one for each image."""
+    all, a list with one for each image, or None for torch's own."""
     if not isinstance(generator, (list, tuple)):
         return torch.randn(shape, generator=generator).to(device)
     if len(generator) != shape[0]:
@@ -614,10 +598,8 @@ def pick_regions(spec, fraction, H, W, point):
 def canvases(size, H, W):
     """The sizes that lead from the training height to H x W, each at most twice the last."""
     heights = [size]
-    while heights[-1] < H:
+    while heights[-1] != H:
         heights.append(min(2 * heights[-1], H))
-    if H < size:
-        heights.append(H)
     return [(h, max(1, round(W * h / H))) for h in heights]
 
 
@@ -641,9 +623,10 @@ class Diffusion:
         """The loss of a step: (scalar, losses (B, K) of every brick, sigma (B,)).
 
         A brick's loss for an image of x0 is the mean squared error of F (paper, equation 6, with
-        weight 1 / c_out^2), NaN if it did not run. The scalar is their sum, divided by B K.
+        weight 1 / c_out^2), NaN if it did not run. The scalar is their sum, divided by B K, or
+        with supervise_all=False the mean of the last brick's, divided by B.
         brick_drop is one number or one per brick, and a hidden result is learnt from all the
-        same. With supervise_all=False the gradient must flow through z, so take detach=False.
+        same. With supervise_all=False take detach=False, so that other bricks learn as well.
         Of several processes, a rank has every world-th of the noise levels, and draws are those
         of the whole batch. ValueError if a brick works at none of the levels of a batch."""
         B, C, H, W = x0.shape
@@ -661,7 +644,7 @@ class Diffusion:
             order = draw().argsort() if shuffle else order
         else:
             rows = config.active(sigma.cpu().log() / 4, skip)
-        if skip:                                # a ValueError if some level has no brick left
+        if skip:                                # a ValueError if it leaves a level without a brick
             config.active(sigma.cpu().log() / 4, skip)
         x0 = x0[order]
         labels = None if labels is None else labels[order]
@@ -706,8 +689,8 @@ class Diffusion:
             if first == end:
                 raise ValueError(f"brick {k} ({spec}) works at none of the {n} noise levels of a "
                                  f"batch: take a larger batch, or widen its noise range")
-            # This rank has the images rank, rank + world, ...; -(-a // b) rounds a / b up.
-            rows.append(slice(-((rank - first) // world), -((rank - end) // world)))
+            # This rank has the images rank, rank + world, ...
+            rows.append(slice(math.ceil((first - rank) / world), math.ceil((end - rank) / world)))
         return rows
 
     def denoise(self, model, x, sigma, labels=None, *, skip=(), guidance=1.0, return_all=False,
@@ -737,9 +720,10 @@ class Diffusion:
         return self.denoise(model, x, sigma, labels, **settings)
 
     def evaluations(self, steps=None, sampler=None, churn=0.0):
-        """The (step, sigma) of every evaluation of a walk, found by sending a single zero on it.
+        """The (step, sigma) of every evaluation of a walk, found by walking an image of one pixel.
         ValueError if the sampler is unknown or takes no churn, or for less than one step."""
-        sampler, steps = sampler or self.sampler, self.steps if steps is None else steps
+        sampler = sampler or self.sampler
+        steps = self.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"sampling takes one step or more, found {steps}")
         if sampler not in SAMPLERS:
@@ -748,11 +732,11 @@ class Diffusion:
             raise ValueError("churn is for EDM and the samplers heun and euler: take churn=0")
         asked, zero = [], torch.zeros(1)
 
-        def estimate(step, x, sigma):
+        def record(step, x, sigma):
             asked.append((step, sigma))
             return x
 
-        list(walk(zero, self.levels(steps), sampler, estimate, zero.clone, churn=churn))
+        list(walk(zero, self.levels(steps), sampler, record, zero.clone, churn=churn))
         return asked
 
     def schedule(self, config, skip=(), steps=None, sampler=None, churn=0.0):
@@ -778,14 +762,15 @@ class Diffusion:
                callback=None,           # callback(done, total, x0_hat) follows every step
                clip=False,              # clamp every estimate to [-1, 1]
                churn=0.0):              # S_churn of Karras et al., for heun and euler
-        """Images of the shape (B, C, H, W), about [-1, 1], from noise. The progress of a step is 0
-        at pure noise and 1 at the end. ValueError if a step would find no brick at its level.
+        """Images of the shape (B, C, H, W), about [-1, 1], from noise. Step i of n has the
+        progress i / n. ValueError if a step would find no brick at its level.
 
         A canvas of another size than in training is made so (ours), and `guide` and `callback`
         see all its stages:
         1. Its scene is made at the training height, which decides how large things are.
-        2. If it is wider than in training, its edges meet as in a panorama, which turns under
-           the regions at every step, so that no seam stays. The middle is cut out.
+        2. It is made in whole training widths, of which the middle is cut out. If there are
+           several, the edges meet as in a panorama, which turns under the regions at every
+           step, so that no seam stays.
         3. It is enlarged by at most two at a time. Each time noise of the level REFINE is added
            and removed again, while the grid of regions shifts both ways.
         4. A canvas lower than in training is a shrunken one."""
@@ -822,7 +807,7 @@ class Diffusion:
         # Shifts that share no divisor with the size lead the grid through all its phases.
         down, across = (next(n for n in count(least) if math.gcd(n, size) == 1)
                         for least in (size // 3, size * 2 // 5))
-        full = math.ceil(w / size) * size       # whole training images, which fit all regions
+        full = math.ceil(w / size) * size       # a whole number of training widths
         x = levels[0] * normal((B, C, h, full), generator, device)
         x0 = descend(x, 0, turn=across if w > size else 0)
         left = (full - w) // 2
@@ -853,7 +838,7 @@ class EDM(Diffusion):
         return c_skip, c_out, total.rsqrt(), sigma.log() / 4
 
     def sigma_at(self, q):
-        q = q.clamp(1e-6, 1 - 1e-6)             # at 0 and 1 there is no end
+        q = q.clamp(1e-6, 1 - 1e-6)             # ndtri is infinite at 0 and 1
         return (self.P_mean + self.P_std * torch.special.ndtri(q)).exp()
 
     def quantile(self, sigma):
@@ -921,6 +906,36 @@ class DDPM(Diffusion):
 
 OBJECTIVES = {"edm": EDM, "ddpm": DDPM}
 
+# ---- Presets -------------------------------------------------------------------------
+
+# Ours: the default, and the plain DiTs of the same width that it is compared with.
+TINY = "32/4x6@0.3: 32/4x6@:0.4 16/2x4@:0.4 8/2x2@:0.16"
+PRESETS = {
+    "tiny": LegoConfig.parse(TINY, width=128, heads=4),
+    "dit-4": LegoConfig.parse("32/4x9", width=128, heads=4),
+    "dit-2": LegoConfig.parse("32/2x9", width=128, heads=4)}
+# The authors'. PR (progressive refinement) is PG (growth) in reverse, and is added below.
+for _name, _stack in {
+        "S-PG-64": "4/2x2 16/8x4 64/2x6",
+        "S-U-64": "64/2x6 16/8x4 4/2x2 16/8x4 64/2x6",
+        "S-U-32": "32/2x6 16/8x4 4/2x2 16/8x4 32/2x6",
+        "L-PG-64": "4/2x6 16/8x8 64/2x12",
+        "L-PG-64-released": "4/2x6 16/8x6 64/2x12",
+        "L-PG-32": "4/2x4 16/8x8 32/2x12",
+        "L-U-64": "64/2x12 16/8x8 4/2x6 16/8x8 64/2x12",
+        "L-U-32": "32/2x12 16/8x8 4/2x6 16/8x8 32/2x12",
+        "XL-PG-32": "4/2x4 16/8x12 32/2x14",
+        "XL-PG-64": "4/2x4 16/8x12 64/2x14",
+        "XL-U-32": "32/2x14 16/8x10 4/2x4 16/8x10 32/2x14",
+        "XL-U-64": "64/2x14 16/8x12 4/2x4 16/8x12 64/2x14"}.items():
+    _width, _heads, _channels = {                                        # XL is for latents
+        "S": (384, 6, 3), "L": (1024, 16, 3), "XL": (1152, 16, 4)}[_name.split("-")[0]]
+    _config = LegoConfig.official(
+        _stack, classes=1000, width=_width, heads=_heads, channels=_channels)
+    PRESETS[_name] = _config
+    if "PG" in _name:
+        PRESETS[_name.replace("PG", "PR")] = replace(_config, bricks=_config.bricks[::-1])
+
 # ---- Checkpoints ---------------------------------------------------------------------
 
 FORMAT = 2      # of checkpoints; the first one knew no noise ranges
@@ -976,7 +991,8 @@ def read_checkpoint(path):
             raise ValueError("weights larger than the file")
         if not all(w.isfinite().all() for w in weights):
             raise ValueError("weights that are not finite")
-        if state["info"].get("objective", "edm") not in OBJECTIVES or type(state["block"]) is not str:
+        known = state["info"].get("objective", "edm") in OBJECTIVES
+        if not known or type(state["block"]) is not str:
             raise ValueError("an unknown objective or block")
     except OSError:
         raise
@@ -1030,8 +1046,8 @@ def load_official(model, state_dict):
         ours[name] = tensor
     for k, brick in enumerate(model.bricks):
         table = ours.pop(f"bricks.{k}.pos_embed", brick.position).flatten().float()
-        mine = brick.position.flatten()
-        if len(table) != len(mine) or not torch.allclose(table, mine, atol=1e-5):
+        expected = brick.position.flatten()
+        if len(table) != len(expected) or not torch.allclose(table, expected, atol=1e-5):
             raise ValueError(f"brick {k}: the position table differs from the released network's")
     try:
         model.load_state_dict(ours)
