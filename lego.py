@@ -35,6 +35,7 @@ import math
 import os
 import re
 import zipfile
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import count
@@ -556,11 +557,11 @@ def walk(x, levels, sampler, estimate, noise, first=0, churn=0.0):
         yield x
 
 
-def generator(*key):
-    """A random generator on the CPU for any key, such as (seed, image number). Torch looks at
-    only 32 bits of a seed, so the key is hashed into them, which keeps neighbours apart."""
+def generator(*key, device="cpu"):
+    """A random generator for any key, such as (seed, image number). Torch looks at only 32 bits
+    of a seed, so the key is hashed into them, which keeps neighbours apart."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def normal(shape, generator, device):
@@ -586,11 +587,11 @@ def pick_regions(spec, fraction, H, W, point):
     The regions are those nearest to a random `point` (2,) in [0, 1), where distance wraps round
     the edges (ours). All bricks share it, so most later regions get a z that is refined."""
     rows, columns = math.ceil(H / spec.region), math.ceil(W / spec.region)
-    down = ((torch.arange(rows) + .5) / rows - point[0] + .5) % 1 - .5
-    across = ((torch.arange(columns) + .5) / columns - point[1] + .5) % 1 - .5
+    middles = [(torch.arange(n, device=point.device) + .5) / n for n in (rows, columns)]
+    down, across = [(middle - at + .5) % 1 - .5 for middle, at in zip(middles, point)]
     distance = torch.maximum(down.abs()[:, None], across.abs()).flatten()
     chosen = distance.argsort()[:max(1, round(fraction * len(distance)))]
-    weight = torch.zeros(len(distance)).index_fill(0, chosen, 1).view(1, 1, rows, columns)
+    weight = torch.zeros_like(distance).index_fill(0, chosen, 1).view(1, 1, rows, columns)
     weight = interpolate(weight, scale_factor=spec.region)[..., :H, :W]
     return chosen, weight / weight.mean()
 
@@ -612,12 +613,12 @@ class Diffusion:
 
     def loss(self, model, x0, labels=None, *,
              region_fraction=None,      # a list: every brick's share of regions to learn from
-             brick_drop=0.0,            # chance to hide a brick's result from the later ones
+             brick_drop=None,           # chance to hide a brick's result from the later ones
              label_drop=0.0,            # chance to hide a label, which guidance needs
              supervise_all=True,        # every brick learns, or only the last one for an image
              skip=(),                   # indices of bricks that do not run
              shuffle=True,              # levels at random; if False, image i has the i-th lowest
-             generator=None,            # a CPU generator for all draws
+             generator=None,            # for all draws, on the device of x0
              shard=(0, 1),              # (rank, world): x0 is one process's part of the batch
              sigma=None, noise=None):   # (B,) and (B, C, H, W), instead of drawn ones
         """The loss of a step: (scalar, losses (B, K) of every brick, sigma (B,)).
@@ -625,7 +626,7 @@ class Diffusion:
         A brick's loss for an image of x0 is the mean squared error of F (paper, equation 6, with
         weight 1 / c_out^2), NaN if it did not run. The scalar is their sum, divided by B K, or
         with supervise_all=False the mean of the last brick's, divided by B.
-        brick_drop is one number or one per brick, and a hidden result is learnt from all the
+        brick_drop is a number or a tensor (K,), and a hidden result is learnt from all the
         same. With supervise_all=False take detach=False, so that other bricks learn as well.
         Of several processes, a rank has every world-th of the noise levels, and draws are those
         of the whole batch. ValueError if a brick works at none of the levels of a batch."""
@@ -634,7 +635,7 @@ class Diffusion:
         n, K = world * B, len(config.bricks)
 
         def draw(*shape, law=torch.rand):       # for the whole batch, of which we keep our part
-            return law(n, *shape, generator=generator)[rank::world].to(device)
+            return law(n, *shape, generator=generator, device=device)[rank::world]
 
         # Noise: the levels rise, so that each brick runs on a slice of the batch.
         order = torch.arange(B, device=device)                           # the image of each level
@@ -655,13 +656,11 @@ class Diffusion:
         # Run.
         if labels is not None and label_drop:
             labels = labels.masked_fill(draw() < label_drop, config.classes)
-        drop = torch.as_tensor(brick_drop, device=device)
-        hidden = draw(K) < drop if drop.any() else None                  # (B, K)
-        point = torch.rand(2, generator=generator)
+        hidden = None if brick_drop is None else draw(K) < brick_drop    # (B, K)
+        point = torch.rand(2, generator=generator, device=device)
         pairs = zip(config.bricks, region_fraction or [1.0] * K, strict=True)
         picked = [pick_regions(spec, share, H, W, point) for spec, share in pairs]
-        regions = [chosen.to(device) for chosen, _ in picked]
-        weights = [weight.to(device) for _, weight in picked]
+        regions, weights = zip(*picked)
         c_skip, c_out, c_in, c_noise = self.coefficients(s)
         out = model(c_in * x, c_noise.flatten(), labels, skip=skip, return_all=True, rows=rows,
                     regions=regions, hidden=hidden)
@@ -685,7 +684,7 @@ class Diffusion:
         training levels in its range, rounded to whole images. ValueError if that is none."""
         (rank, world), rows = shard, []
         for k, spec in enumerate(config.bricks):
-            first, end = (round(n * float(self.quantile(sigma))) for sigma in spec.noise)
+            first, end = (round(n * self.quantile(sigma)) for sigma in spec.noise)
             if first == end:
                 raise ValueError(f"brick {k} ({spec}) works at none of the {n} noise levels of a "
                                  f"batch: take a larger batch, or widen its noise range")
@@ -700,6 +699,10 @@ class Diffusion:
 
         Guidance g other than 1 is none + g (label - none), the estimates with and without label.
         ValueError if there are no labels to guide with, or if no brick is left."""
+        rows = None
+        if not torch.is_tensor(sigma):          # the same bricks for all, known without a look
+            run = model.config.running(sigma, skip)
+            rows = [slice(None if k in run else 0) for k in range(len(model.config.bricks))]
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma.view(-1, 1, 1, 1))
         inputs, c_noise = c_in * x, c_noise.flatten()
@@ -708,7 +711,8 @@ class Diffusion:
                 raise ValueError(f"guidance {guidance} needs labels: pass them, or take guidance=1")
             inputs, c_noise = inputs.repeat(2, 1, 1, 1), c_noise.repeat(2)
             labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
-        out = model(inputs, c_noise, labels, skip=skip, return_all=True, offset=offset)
+        out = model(inputs, c_noise, labels, skip=skip, return_all=True, rows=rows,
+                    offset=offset)
         if guidance != 1:
             halves = [F.chunk(2) for F in out]
             out = [none + guidance * (label - none) for label, none in halves]
@@ -842,8 +846,8 @@ class EDM(Diffusion):
         return (self.P_mean + self.P_std * torch.special.ndtri(q)).exp()
 
     def quantile(self, sigma):
-        ln_sigma = torch.tensor(sigma, dtype=torch.float64).log()
-        return torch.special.ndtr((ln_sigma - self.P_mean) / self.P_std)
+        ln_sigma = math.log(sigma) if sigma else -math.inf
+        return (1 + math.erf((ln_sigma - self.P_mean) / self.P_std / math.sqrt(2))) / 2
 
     def levels(self, steps):            # equation 5
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
@@ -870,16 +874,18 @@ class DDPM(Diffusion):
             raise ValueError(f"unknown schedule {schedule!r}: take cosine or linear")
         self.T, self.abar = T, (1 - beta.clamp(max=0.999)).cumprod(0)    # (T,), float64
         self.sigmas = ((1 - self.abar) / self.abar).sqrt().float()
+        self.rising = self.sigmas.tolist()
 
     def coefficients(self, sigma):
         """c_skip, c_out, c_in and c_noise: x0_hat is x - sigma F, and c_in x is x_t."""
         return torch.ones_like(sigma), -sigma, (1 + sigma ** 2).rsqrt(), sigma.log() / 4
 
     def sigma_at(self, q):              # t is uniform in training
-        return self.sigmas.to(q.device)[(q * self.T).long().clamp(max=self.T - 1)]
+        self.sigmas = self.sigmas.to(q.device)  # once, since a GPU should not wait for them
+        return self.sigmas[(q * self.T).long().clamp(max=self.T - 1)]
 
     def quantile(self, sigma):
-        return (self.sigmas < sigma).double().mean()
+        return bisect_left(self.rising, sigma) / self.T
 
     def levels(self, steps):            # evenly spread over t, from T - 1 to 0
         if steps > self.T:

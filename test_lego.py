@@ -36,6 +36,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent
@@ -501,10 +502,10 @@ def test_a_dropped_brick_learns_but_is_hidden_from_the_later_ones():
         return losses, *torch.autograd.grad(loss, first, materialize_grads=True)
 
     (plain, learnt), (skipped, _) = step(), step(skip=[0])
-    hidden, still_learnt = step(brick_drop=[1, 0, 0, 0])
+    hidden, still_learnt = step(brick_drop=torch.tensor([1., 0, 0, 0]))
     assert close(hidden[:, 1:], skipped[:, 1:]) and close(hidden[:, 0], plain[:, 0])
     assert learnt.any() and close(still_learnt, learnt)
-    half, _ = step(brick_drop=[.5, 0, 0, 0])
+    half, _ = step(brick_drop=torch.tensor([.5, 0, 0, 0]))
     dropped = (half - hidden)[:, 1:].abs().amax(1, keepdim=True) < 1e-5
     assert close(half, torch.where(dropped, hidden, plain)) and 0 < dropped.sum() < 16
 
@@ -1207,7 +1208,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
 def test_a_batch_that_is_not_finite_changes_nothing(tmp_path):
     settings, _ = train_tiny.read_flags(words(TINY, "--steps 5 --out", tmp_path / "run"))
     trainer = train_tiny.Trainer(settings)
-    images, labels = trainer.data.batch(0, 0, 8)
+    draw = trainer.source.batch
 
     def kept():
         states = [list(o.state.values()) for o in trainer.optimizers]
@@ -1216,12 +1217,89 @@ def test_a_batch_that_is_not_finite_changes_nothing(tmp_path):
 
     for step, bad in enumerate([False, True, False]):
         before = [tensor.clone() for tensor in kept()]
-        trainer.advance(images * torch.nan if bad else images, labels, step / 5)
+        with patch.object(trainer.source, "batch", lambda: (draw()[0] * (torch.nan if bad else 1), draw()[1])):
+            trainer.advance(step / 5)
         assert (len(before) == len(kept()) and all(map(torch.equal, before, kept()))) == bad
         assert all(tensor.isfinite().all() for tensor in kept())
         assert not any(tensor.requires_grad for tensor in trainer.averages)
     assert trainer.left_out == 1 and trainer.step == 3
     assert trainer.sums.isfinite().all() and trainer.sums[1, 0] == 16
+
+
+class HostFree(TorchDispatchMode):
+    """Fails where a step would make the host wait for a GPU, or send it something."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        waits = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "lift_fresh", "item"}
+        assert name not in waits, name
+        return function(*args, **kwargs or {})
+
+
+def test_a_step_neither_waits_for_the_device_nor_sends_it_anything(tmp_path, monkeypatch):
+    # Torch's own one_hot looks at the labels to check their range, but only on a CPU.
+    unchecked = lambda labels, n: (labels[:, None] == torch.arange(n)).long()
+    monkeypatch.setattr(lego, "one_hot", unchecked)
+    settings, _ = train_tiny.read_flags(words(TINY, "--steps 9 --out", tmp_path / "run"))
+    trainer = train_tiny.Trainer(settings)
+    trainer.source = train_tiny.Pool(trainer.data, settings, trainer.device, scenes=16)
+    trainer.advance(.1)                     # the first step makes the state of the optimizers
+    trainer.source.renew(1)
+    with HostFree():
+        trainer.compute()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            trainer.rate.item()
+    trainer.source = None
+
+
+def test_a_pool_goes_on_after_a_resume_and_is_shared_by_ranks():
+    data, device = train_tiny.load_data("landscapes", "", 4), torch.device("cpu")
+    settings, _ = train_tiny.read_flags(words("--batch 6 --size 4 --seed 3"))
+
+    def walked(first, last, rank=0, world=1):
+        pool = train_tiny.Pool(data, settings, device, rank, world, first, scenes=20, every=2)
+        for step in range(first, last):
+            pool.renew(step)
+        torch.manual_seed(0)
+        return pool, *pool.batch()
+
+    pool, images, labels = walked(0, 9)
+    scenes, kinds = train_tiny.landscapes(3, range(5 * 6, 9 * 6), 4, 4)     # blocks 5 to 8
+    order = [*range(18, 24), *range(0, 18)]                                 # block 8 comes first
+    assert np.array_equal(pool.images, scenes[order]) and pool.labels.tolist() == [*kinds[order]]
+    assert all(map(torch.equal, walked(4, 9)[1:], (images, labels)))
+    assert all(map(torch.equal, walked(5, 9)[1:], (images, labels)))
+    for rank in (0, 1):
+        _, part, some = walked(0, 9, rank, 2)
+        assert torch.equal(part, images[rank::2]) and torch.equal(some, labels[rank::2])
+
+
+def test_a_pool_of_images_draws_all_of_them_and_mirrors_half():
+    pair = np.arange(8, dtype=np.uint8).reshape(2, 2, 2, 1), np.array([0, 1])
+    data = train_tiny.Data("d", ["a", "b"], 1, True, 2, pair, pair)
+    settings, _ = train_tiny.read_flags(words("--batch 400 --size 2"))
+    torch.manual_seed(0)
+    images, labels = train_tiny.Pool(data, settings, torch.device("cpu")).batch()
+    seen = (images * 127.5 + 127.5).round().int().flatten(1)
+    as_they_are = seen[:, 0] % 2 == 0
+    expected = torch.where(as_they_are[:, None], seen, seen[:, [1, 0, 3, 2]])
+    assert torch.equal(expected, torch.arange(8).view(2, 4)[labels].int())
+    assert 150 < labels.sum() < 250 and 150 < as_they_are.sum() < 250
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_equals_an_eager_one(tmp_path):
+    runs = []
+    for eager in (True, False):
+        out = tmp_path / str(eager)
+        settings, _ = train_tiny.read_flags(words(TINY, "--steps 9 --precision fp32 --out", out))
+        trainer = train_tiny.Trainer(settings)
+        trainer.run = trainer.compute if eager else trainer.run
+        for step in range(8):
+            trainer.advance(step / 9)
+        runs.append([p.detach().clone() for p in trainer.averages])
+        trainer.source = None
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*runs))
 
 
 def test_two_processes_train_like_one(tmp_path):
@@ -1308,7 +1386,7 @@ def test_sampling_says_what_it_does(trained, tmp_path, capsys):
 def test_the_speed_table_knows_the_ranges(tmp_path, capsys):
     assert in_process(train_tiny, TINY, "--bench --out", tmp_path / "run") == 0
     rows = {line[:23].strip(): line[23:].split() for line in capsys.readouterr().out.splitlines()}
-    trained, regions, levels = (float(rows[f"{name}, bf16"][4]) for name in (
+    trained, regions, levels = (float(rows[f"{name}, bf16"][5]) for name in (
         "as trained", "all regions", "all noise levels"))
     assert trained < regions and trained < levels and not (tmp_path / "run").exists()
 

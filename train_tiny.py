@@ -24,7 +24,7 @@ import traceback
 import urllib.request
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from http.client import HTTPException
@@ -212,8 +212,10 @@ class Data:
 
 
 def to_float(images):
-    """Convert uint8 (n, H, W, C) to float (n, C, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    """Convert uint8 (n, H, W, C), an array or a tensor, to float (n, C, H, W) in [-1, 1]."""
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.ascontiguousarray(images))
+    return images.permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def to_bytes(images):
@@ -542,7 +544,8 @@ def pick_precision(name, device):
         native = False
     bf16 = name == "bf16" or name == "auto" and native
     print(f"device {device}, precision {'bf16' if bf16 else 'fp32'}")
-    return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    cache = device.type != "cuda"       # a graph would replay weights that were cast before it
+    return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=cache)
 
 
 def timed(work, device):
@@ -719,6 +722,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters, lr, momentum=0.95):
         super().__init__(parameters, dict(lr=lr, momentum=momentum))
+        self.found_inf = torch.zeros(())        # 1 leaves all as it is, as in torch's AdamW
 
     @torch.no_grad()
     def step(self):
@@ -735,11 +739,13 @@ class Muon(torch.optim.Optimizer):
         for p in same:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        grads = [p.grad for p in same]
         averages = [self.state[p]["momentum_buffer"] for p in same]
-        torch._foreach_lerp_(averages, grads, 1 - momentum)
-        ahead = torch._foreach_lerp(grads, averages, momentum)           # Nesterov's look ahead
-        x = torch.stack(ahead).bfloat16()                                # (n, rows, columns)
+        kept = torch.stack(averages)                                     # (n, rows, columns)
+        grads = torch.stack([p.grad for p in same])
+        grads = torch.where(self.found_inf > 0, kept, grads)
+        kept = kept.lerp(grads, 1 - momentum)
+        torch._foreach_copy_(averages, list(kept.unbind()))
+        x = grads.lerp(kept, momentum).bfloat16()                        # Nesterov's look ahead
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
         x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -748,7 +754,8 @@ class Muon(torch.optim.Optimizer):
             x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=cubic, alpha=quintic), x, beta=linear)
         x = (x.mT if tall else x).float()
         size = 0.2 * math.sqrt(max(same[0].shape))                       # that of AdamW's steps
-        torch._foreach_sub_(same, list(x.unbind()), alpha=size * lr)
+        x = x * (lr * size * (1 - self.found_inf))
+        torch._foreach_sub_(same, list(x.unbind()))
 
 
 def make_optimizers(model, lr):
@@ -758,29 +765,116 @@ def make_optimizers(model, lr):
     for name, p in model.named_parameters():
         hidden = ".blocks." in name or ".local_mlp." in name
         (inner if hidden and p.ndim == 2 and "adaln" not in name else outer).append(p)
-    fused = outer[0].device.type != "mps"
-    adamw = torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    on_gpu = outer[0].device.type == "cuda"
+    adamw = torch.optim.AdamW(
+        outer, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=on_gpu)
     return [Muon(inner, lr), adamw] if inner else [adamw]
 
 
-def average_gradients(parameters, extra, world):
-    """Average all gradients, and the few numbers `extra`, over the processes, in one message.
-    Returns the averages of `extra`. A gradient that this process lacks counts as zero: its part
-    of the batch may hold no image for some brick."""
-    if world == 1:
-        return extra
+def average_gradients(parameters, world):
+    """Average all gradients over the processes, in one message. A gradient that this process
+    lacks counts as zero: its part of the batch may hold no image for some brick."""
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     grads = [p.grad for p in parameters]
-    flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(extra, device=grads[0].device)])
+    flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
-    flat /= world
-    torch.nn.utils.vector_to_parameters(flat, grads)
-    return flat[-len(extra):].tolist()
+    torch.nn.utils.vector_to_parameters(flat / world, grads)
 
 
-# ---- Held-out images -----------------------------------------------------------------
+# ---- Images on the device ------------------------------------------------------------
+
+
+def drawn_ahead(draw, first, device):
+    """An iterator over draw(first), draw(first + 1) and so on, called ahead by workers. One
+    keeps a CPU busy, but a GPU is faster than one can draw landscapes."""
+    on_gpu = device.type == "cuda"
+    return iter(torch.utils.data.DataLoader(
+        range(first, 1 << 60), batch_size=None, collate_fn=draw, prefetch_factor=8,
+        num_workers=min(8, os.cpu_count() or 1) if on_gpu else 1, pin_memory=on_gpu,
+        worker_init_fn=ignore_signals))
+
+
+def ignore_signals(worker):
+    """A signal often reaches the whole group of processes, but the trainer alone decides."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Stream:
+    """The batches of training, where the host is fast enough to send each to the device."""
+
+    def __init__(self, data, s, device, rank=0, world=1, step=0):
+        flip = data.flip if s.flip is None else s.flip
+        draw = partial(data.batch, s.seed, count=s.batch, rank=rank, world=world, flip=flip)
+        self.device, self.source = device, drawn_ahead(draw, step, device)
+
+    def renew(self, step):
+        """What the host does before a step."""
+        self.images, self.labels = next(self.source)
+
+    def batch(self):
+        """This process's part of a batch: images (n, C, H, W) in [-1, 1] and labels (n,)."""
+        return self.images.to(self.device), self.labels.to(self.device)
+
+
+class Pool:
+    """The images of training as uint8 on a GPU, where a step draws its batch at random.
+
+    Of a procedural data set it holds the newest scenes. Blocks of a batch's size are drawn
+    ahead, and one replaces the oldest before every fourth step, since the GPU is faster than
+    the workers."""
+
+    def __init__(self, data, s, device, rank=0, world=1, step=0, scenes=8192, every=4):
+        self.size, self.device, self.part = s.batch, device, slice(rank, None, world)
+        self.flip, self.every = data.flip if s.flip is None else s.flip, every
+        self.source = None
+        if data.draw:
+            blocks, shape = math.ceil(scenes / s.batch), (s.size, s.size, data.channels)
+            images = torch.zeros(blocks * s.batch, *shape, dtype=torch.uint8)
+            labels = torch.zeros(len(images), dtype=torch.long)
+        else:
+            images, labels = map(torch.tensor, data.train)
+        self.images, self.labels = images.to(device), labels.long().to(device)
+        if data.draw:
+            draw = partial(self.draw, data.draw, s)
+            self.source = drawn_ahead(draw, math.ceil(step / every), device)
+            for _ in range(blocks):
+                self.replace()
+
+    @staticmethod
+    def draw(scenes, s, block):
+        """The scenes of a block, their labels, and its number."""
+        numbers = range(block * s.batch, (block + 1) * s.batch)
+        images, labels = scenes(s.seed, numbers, s.size, s.size)
+        return torch.from_numpy(images), torch.from_numpy(labels), block
+
+    def replace(self):
+        """Put the next block in the place of the oldest one."""
+        images, labels, block = next(self.source)
+        start = block * self.size % len(self.labels)
+        here = slice(start, start + self.size)
+        self.images[here].copy_(images, non_blocking=True)
+        self.labels[here].copy_(labels, non_blocking=True)
+
+    def renew(self, step):
+        """What the host does before a step."""
+        if self.source and step % self.every == 0:
+            self.replace()
+
+    def batch(self):
+        """This process's part of a batch: images (n, C, H, W) in [-1, 1] and labels (n,)."""
+        n, device = self.size, self.device
+        chosen = torch.randint(len(self.labels), (n,), device=device)[self.part]
+        mirrored = torch.rand(n, device=device)[self.part] < .5
+        x0 = to_float(self.images[chosen])
+        if self.flip:
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
+        return x0, self.labels[chosen]
+
+
+# ---- Held-out images# ---- Held-out images# ---- Held-out images -----------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -886,10 +980,25 @@ def sheet_of_samples(model, diffusion, autocast):
     return picture(to_bytes(images), columns)
 
 
-def ignore_signals(worker):
-    """A signal often reaches the whole group of processes, but the trainer alone decides."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def captured(compute):
+    """compute() as a CUDA graph, which the host starts at once rather than kernel by kernel. The
+    first three calls run on a stream of their own, as capture demands, and the fourth records."""
+    calls, graph, stream = 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def run():
+        nonlocal calls
+        calls += 1
+        if calls < 4:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                compute()
+            return torch.cuda.current_stream().wait_stream(stream)
+        if calls == 4:
+            with torch.cuda.graph(graph):
+                compute()
+        graph.replay()
+
+    return run
 
 
 class Trainer:
@@ -908,7 +1017,8 @@ class Trainer:
         self.fractions = default_fractions(self.config)
         if s.region_fraction is not None:
             self.fractions = numbers("region-fraction", s.region_fraction, K, .001, 1)
-        self.drops = numbers("brick-drop", s.brick_drop, K, 0, .9)
+        drops = numbers("brick-drop", s.brick_drop, K, 0, .9)
+        self.drops = torch.tensor(drops, device=self.device)
         torch.manual_seed(s.seed)
         self.model = Lego(self.config, block).to(self.device)
         info = dict(objective=s.objective, dataset=self.data.name, classes=self.data.classes)
@@ -916,9 +1026,11 @@ class Trainer:
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.parameters = list(self.model.parameters())
         self.averages = list(self.average.parameters())
-        self.optimizers = make_optimizers(self.model, s.lr)
-        self.step, self.saved_step, self.seconds, self.left_out = 0, 0, 0.0, 0
+        # What the host sets before a step and what a step leaves for it are tensors on the device.
+        self.rate, self.blend, self.found_inf, self.left_out = torch.zeros(4, device=self.device)
         self.sums = torch.zeros(2, K + 4, device=self.device)   # and counts, since the last log line
+        self.optimizers = make_optimizers(self.model, self.rate)
+        self.step, self.saved_step, self.seconds = 0, 0, 0.0
         thirds = self.diffusion.sigma_at(torch.tensor([1 / 3, 2 / 3]))
         self.thirds = thirds.to(self.device)
         if state:
@@ -927,13 +1039,20 @@ class Trainer:
             for brick in self.model.bricks:
                 for each in brick.blocks:
                     each.compile()
+        for optimizer in self.optimizers:
+            optimizer.found_inf = self.found_inf
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate
+        on_gpu = self.device.type == "cuda"
+        self.source = (Pool if on_gpu else Stream)(self.data, s, self.device, rank, world, self.step)
+        self.run = captured(self.compute) if on_gpu else self.compute
         self.began = time.perf_counter() - self.seconds
         self.stop = False           # whether a signal asked for it
 
     def load_data(self):
         """The data set. On each machine the first process downloads, then the others look."""
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if self.world > 1 and not first:
             dist.barrier()
@@ -956,69 +1075,81 @@ class Trainer:
             self.model.load_state_dict(train["weights"])
             for optimizer, stored in zip(self.optimizers, train["optimizers"], strict=True):
                 optimizer.load_state_dict(stored)
-            self.step, self.seconds, self.left_out = info["step"], info["seconds"], info["left_out"]
-            self.sums = train["sums"].to(self.device)
+            self.step, self.seconds = info["step"], info["seconds"]
+            self.left_out.fill_(info["left_out"])
+            self.sums.copy_(train["sums"])
             self.saved_step, self.model.info = self.step, info
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the checkpoint in {self.s.resume} does not hold a whole run of this "
                              f"stack ({error})") from error
 
-    def batches(self):
-        """This process's batches from the current step on, made ahead by workers. One keeps a CPU
-        busy, but a GPU is faster than one can draw landscapes."""
-        s, workers = self.s, 1 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
-        flip = self.data.flip if s.flip is None else s.flip
-        batch = partial(self.data.batch, s.seed, count=s.batch, rank=self.rank, world=self.world,
-                        flip=flip)
-        return torch.utils.data.DataLoader(
-            range(self.step, 1 << 60), batch_size=None, collate_fn=batch, num_workers=workers,
-            prefetch_factor=8, worker_init_fn=ignore_signals, pin_memory=self.device.type == "cuda")
+    def compute(self):
+        """A step, from the draw of its batch to the average of the weights. It only touches
+        tensors on the device, so that a GPU can replay it as one graph. What differs from step
+        to step is in the random generator, the source of images, `rate` and `blend`."""
+        losses, sigma = self.gradients()
+        self.update()
+        self.add_up(losses, sigma)
 
-    def gradients(self, x0, labels):
+    def gradients(self):
         """A forward and a backward pass. Returns the losses (B, K) and the noise levels (B,)."""
-        x0 = x0.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True) if self.config.classes else None
+        x0, labels = self.source.batch()
+        for p in self.parameters:
+            p.grad = None
         with self.autocast():           # batches come in random order, so no shuffling in the loss
             loss, losses, sigma = self.diffusion.loss(
-                self.model, x0, labels, region_fraction=self.fractions, brick_drop=self.drops,
-                label_drop=LABEL_DROP, supervise_all="supervision" not in self.s.without,
-                shuffle=False, generator=generator(self.s.seed, "noise", self.step),
+                self.model, x0, labels if self.config.classes else None, shuffle=False,
+                region_fraction=self.fractions, brick_drop=self.drops, label_drop=LABEL_DROP,
                 shard=(self.rank, self.world))
         loss.backward()
         return losses, sigma
 
     @torch.no_grad()
-    def update(self, progress):
-        """A step of both optimizers and of the weight average. Returns whether some process was
-        asked to stop: the processes follow one clock and stop together."""
-        s, clock = self.s, time.perf_counter() - self.began
-        self.seconds, stop = average_gradients(self.parameters, [clock, float(self.stop)], self.world)
-        finite = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0).isfinite().item()
-        warm_up, decay = (progress + 1e-3) / 0.02, (1 - progress) / 0.4
+    def update(self):
+        """A step of both optimizers and of the weight average. Gradients that are not finite
+        leave all weights as they are."""
+        if self.world > 1:
+            average_gradients(self.parameters, self.world)
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm)
+        self.found_inf.copy_(~norm.isfinite())
+        self.left_out += self.found_inf
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = s.lr * max(0.01, min(1, warm_up, decay))
-            if finite:                  # a batch that overflowed must not poison the weights
-                optimizer.step()
-            optimizer.zero_grad()
-        self.step += 1
-        self.left_out += not finite
-        half_life = min(EMA_IMAGES, 0.05 * self.step * s.batch)          # as in the released code
-        if finite:
-            weight = 1 - 0.5 ** (s.batch / half_life)
-            torch._foreach_lerp_(self.averages, self.parameters, weight)
-        return stop > 0
+            optimizer.step()
+        weight = self.blend * (1 - self.found_inf)
+        for average, p in zip(self.averages, self.parameters):
+            average.lerp_(p, weight)
 
-    def advance(self, x0, labels, progress):
-        """A whole step, whose losses are added up for the log. Returns whether to stop."""
-        losses, sigma = self.gradients(x0, labels)
-        stop = self.update(progress)
+    @torch.no_grad()
+    def add_up(self, losses, sigma):
+        """Add losses (B, K) at levels (B,) to the sums that the log shows."""
         mean = losses.nanmean(1, keepdim=True)                           # (B, 1), over the bricks
         third = (sigma[:, None] > self.thirds).sum(1, keepdim=True)      # 0 low, 1 middle, 2 high
         by_level = mean.where(third == torch.arange(3, device=self.device), torch.nan)
         cells = torch.cat([mean, losses, by_level], 1)                   # (B, 1 + K + 3)
         self.sums += torch.stack([cells.nansum(0), (~cells.isnan()).sum(0)])
-        return stop
+
+    def advance(self, progress):
+        """Do the next step of the run, which has come so far from 0 to 1."""
+        s = self.s
+        warm_up, decay = (progress + 1e-3) / 0.02, (1 - progress) / 0.4
+        self.rate.fill_(s.lr * max(0.01, min(1, warm_up, decay)))
+        half_life = min(EMA_IMAGES, 0.05 * (self.step + 1) * s.batch)    # as in the released code
+        self.blend.fill_(1 - 0.5 ** (s.batch / half_life))
+        self.source.renew(self.step)
+        torch.manual_seed(generator(s.seed, "noise", self.step).initial_seed())
+        self.run()
+        self.step += 1
+
+    def agree(self):
+        """Read the clock. Several processes follow one clock and stop together. Returns whether
+        some process was asked to stop."""
+        message = torch.tensor([time.perf_counter() - self.began, float(self.stop)])
+        if self.world > 1:
+            dist.all_reduce(message)
+        self.seconds, stop = (message / self.world).tolist()
+        return stop > 0
 
     def open_log(self, path, columns):
         """Write the head of a log; a run that is resumed keeps its lines up to the checkpoint."""
@@ -1043,7 +1174,7 @@ class Trainer:
         columns = held_out_losses(*measured)
         info = self.model.info
         info.update(step=self.step, images=self.step * self.s.batch, seconds=self.seconds,
-                    settings=vars(self.s), left_out=self.left_out)
+                    settings=vars(self.s), left_out=int(self.left_out))
         if last:
             info["useful"] = useful_levels(*measured)
         if self.step > self.saved_step:     # first, since lines beyond a checkpoint are cut off later
@@ -1071,11 +1202,12 @@ class Trainer:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(self, "stop", True))
         with tqdm(initial=self.step, total=s.steps, unit="step", disable=not speaks) as bar:
-            for x0, labels in self.batches():
+            while not stopped:
                 progress = self.step / s.steps if s.steps else self.seconds / (60 * s.minutes)
-                if progress >= 1 or stopped:
+                if progress >= 1:
                     break
-                stopped = self.advance(x0, labels, progress)
+                self.advance(progress)
+                stopped = self.agree()
                 bar.update()
                 if self.step % LOG_EVERY == 0 and speaks:
                     means = (self.sums[0] / self.sums[1]).tolist()
@@ -1098,7 +1230,7 @@ class Trainer:
         print(f"{'stopped' if stopped else 'done'} at step {self.step} after {self.seconds:.0f} s, "
               f"{rate:.0f} images/s, peak memory {peak_memory(self.device):.0f} MB")
         if self.left_out:
-            print(f"{self.left_out} steps had gradients that were not finite and were left out")
+            print(f"{int(self.left_out)} steps had gradients that were not finite and were left out")
         print(f"go on with: python train_tiny.py --resume {out}" if stopped else
               f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}")
 
@@ -1106,42 +1238,45 @@ class Trainer:
         """A table of the time of a step. All cases take turns in random order, so that a slow moment
         of the machine is slow for all, and each turn is followed by a matrix product of 2048^3,
         the best of three, of whose speed the step reaches a share."""
-        own, regions, K = self.model, self.fractions, len(self.config.bricks)
+        everywhere = copy.copy(self.model)              # it shares all weights
         bricks = tuple(replace(b, noise=(None, None)) for b in self.config.bricks)
-        everywhere = Lego(replace(self.config, bricks=bricks), own.block).to(self.device)
-        cases = {"as trained, bf16": ("bf16", own, regions),
-                 "as trained, fp32": ("fp32", own, regions),
-                 "all regions, bf16": ("bf16", own, [1.0] * K),
-                 "all noise levels, bf16": ("bf16", everywhere, regions)}
-        contexts = {name: pick_precision(name, self.device) for name in ("bf16", "fp32")}
+        everywhere.config = replace(self.config, bricks=bricks)
+        bf16, fp32 = (pick_precision(name, self.device) for name in ("bf16", "fp32"))
+        own, regions = self.model, self.fractions
+        cases = {"as trained, bf16": (bf16, own, regions), "as trained, fp32": (fp32, own, regions),
+                 "all regions, bf16": (bf16, own, [1.0] * len(bricks)),
+                 "all noise levels, bf16": (bf16, everywhere, regions)}
+        on_gpu = self.device.type == "cuda"
+        runs = {name: captured(self.compute) if on_gpu else self.compute for name in cases}
+        if on_gpu:
+            cases["eager, bf16"], runs["eager, bf16"] = (bf16, own, regions), self.compute
+        flops, times = {}, {name: [] for name in cases}
         square = torch.randn(2048, 2048, device=self.device)
-        squares = {"bf16": square.bfloat16(), "fp32": square}
-        batches, flops, times = iter(self.batches()), {}, {name: [] for name in cases}
-        for i in range(rounds + 2):                     # the first two count FLOPs and warm up
+        squares = {bf16: square.bfloat16(), fp32: square}
+        for i in range(rounds + 4):                     # the first four count FLOPs and warm up
             for name in np.random.default_rng(i).permutation(list(cases)):
-                precision, self.model, self.fractions = cases[name]
-                self.autocast, square = contexts[precision], squares[precision]
-                images = next(batches)
-                with nullcontext() if i else FlopCounterMode(display=False) as counter:
-                    step = timed(lambda: self.gradients(*images), self.device)
-                flops.setdefault(name, counter and counter.get_total_flops())
-                update = timed(lambda: self.update(.5), self.device)
+                self.autocast, self.model, self.fractions = cases[name]
+                self.source.renew(i)
+                if i == 0:
+                    with FlopCounterMode(display=False) as counter:
+                        self.gradients()
+                    flops[name] = counter.get_total_flops()
+                step = timed(runs[name], self.device)
+                square = squares[self.autocast]
                 product = min(timed(lambda: square @ square, self.device) for _ in range(3))
-                if i > 1:
-                    times[name].append((1000 * step, 1000 * update, 2 * 2048 ** 3 / product))
-        print(f"\na step of {self.s.batch} images: forward and backward pass in ms, median (10% to 90%) of "
-              f"{rounds}, cases in random turns; share of the speed of a matrix product of 2048^3\n"
-              f"case                         ms                   GFLOPs   GFLOP/s   share")
+                times[name].append((step, 2 * 2048 ** 3 / product))
+        print(f"\na step of {self.s.batch} images in ms, median (10% to 90%) of {rounds}, cases in random "
+              f"turns; share of the speed of a matrix product of 2048^3\n"
+              f"case                      ms                   images/s   GFLOPs   GFLOP/s   share")
         for name, rows in times.items():
-            step, update, peak = np.array(rows).T
-            low, middle, high = np.quantile(step, [.1, .5, .9])
-            speed = flops[name] / (step / 1000)
-            print(f"{name:<23}{middle:>8.1f} ({low:.1f} to {high:.1f}){flops[name] / 1e9:>12.2f}"
+            step, peak = np.array(rows[4:]).T
+            low, middle, high = np.quantile(1000 * step, [.1, .5, .9])
+            speed = flops[name] / step
+            print(f"{name:<23}{middle:>7.1f} {f'({low:.1f} to {high:.1f})':<19}"
+                  f"{1000 * self.s.batch / middle:>9.0f}{flops[name] / 1e9:>9.2f}"
                   f"{np.median(speed) / 1e9:>10.0f}{np.median(speed / peak):>8.1%}")
-            if name == "as trained, bf16":
-                optimizers = np.median(update)
-        print(f"the optimizers take {optimizers:.1f} ms; {4 * sum(p.numel() for p in own.parameters()) / 1e6:.1f}"
-              f" MB of gradients to average between processes; peak memory "
+        update = np.median([timed(self.update, self.device) for _ in range(rounds)])
+        print(f"of it, optimizers and average take {1000 * update:.1f} ms; peak memory "
               f"{peak_memory(self.device):.0f} MB")
 
 
@@ -1176,6 +1311,8 @@ def main(arguments=None, block=Block):
     except OSError as error:
         raise ValueError(f"cannot write to {s.out} ({error}). A checkpoint saved before is whole: make "
                          f"room and go on with --resume {s.out}") from error
+    finally:
+        trainer.source = None                   # This ends the workers.
     if world > 1:
         dist.destroy_process_group()
 
