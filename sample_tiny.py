@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from lego import (OBJECTIVES, SAMPLERS, Block, Grid, count_flops, generator, load_checkpoint,
                   write_aside)
-from train_tiny import (Parser, check_limits, command, flag, peak_memory, pick_device,
+from train_tiny import (Parser, check_limits, command, compile_blocks, flag, peak_memory, pick_device,
                         pick_precision, picture, save_picture, sheet_columns, table, timed,
                         to_bytes)
 
@@ -64,6 +64,8 @@ def read_flags(arguments=None):
          "against its share of FLOPs", action="store_true")
     flag(p, "--device", "auto", "auto, cpu, cuda, mps")
     flag(p, "--precision", "auto", "number format of the network", choices=["auto", "fp32", "bf16"])
+    flag(p, "--compile", False, "compile the Transformer blocks, which takes a minute at first",
+         action="store_true")
     a = p.parse_args(arguments)
     check_limits(p, a, dict(n=(1, 1 << 32), batch=(1, 1 << 16), steps=(1, 10_000), seed=(0, 1 << 64),
                             guidance=(0, 1000), churn=(0, 1000)))
@@ -185,6 +187,8 @@ class Sampler:
             print(f"skipping {a.skip}: of {len(runs)} evaluations the bricks run in "
                   f"{', '.join(map(str, counts))}")
         self.model.to(self.device)
+        if a.compile:               # reduce-overhead: as CUDA graphs, where there is CUDA
+            compile_blocks(self.model, mode="reduce-overhead")
         self.flops = 0
         self.watch_flops()
 

@@ -548,6 +548,13 @@ def pick_precision(name, device):
     return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16, cache_enabled=cache)
 
 
+def compile_blocks(model, **settings):
+    """Compile the Transformer blocks. They share their code, so that one compilation does."""
+    for brick in model.bricks:
+        for block in brick.blocks:
+            block.compile(**settings)
+
+
 def timed(work, device):
     """The seconds that work() takes, including what it leaves to the accelerator."""
     wait = torch.cpu.synchronize if device.type == "cpu" else torch.accelerator.synchronize
@@ -575,7 +582,6 @@ def peak_memory(device):
 LOG_EVERY = 20                          # steps
 LABEL_DROP = 0.1                        # chance to hide a label, which guidance needs
 EMA_IMAGES = 500_000                    # half-life of the weight average, in images
-SWITCHES = "local_mlp", "residual", "detach", "supervision"     # what --without leaves out
 FREE = {"bench", "resume", "steps", "minutes", "device", "data_dir", "save_minutes"}
 
 
@@ -594,8 +600,6 @@ def read_flags(arguments=None):
          "\"32/4x6 16/2x4@:0.4\"")
     flag(p, "--width", None, "width of the Transformer blocks (default: the preset's)", type=int)
     flag(p, "--heads", None, "attention heads (default: the preset's)", type=int)
-    flag(p, "--without", "", "choices to leave out for a comparison, comma separated: "
-         + ", ".join(SWITCHES))
     flag(p, "--size", 32, "height and width of the training images", type=int)
     flag(p, "--objective", "edm", "edm, or ddpm for noise prediction", choices=list(OBJECTIVES))
     flag(budget, "--steps", None, "budget in steps, those before --resume included", type=int)
@@ -669,13 +673,7 @@ def make_config(s, data):
     if s.preset and s.preset not in PRESETS:
         raise ValueError(f"unknown preset {s.preset!r}: take one of {', '.join(PRESETS)}")
     config = PRESETS[s.preset or "tiny"]
-    without = set(filter(None, s.without.split(",")))
-    if not without <= set(SWITCHES):
-        raise ValueError(f"--without {s.without}: take some of {', '.join(SWITCHES)}")
-    if "supervision" in without and "detach" not in without:
-        raise ValueError("--without supervision: only the last brick would learn; take "
-                         "--without supervision,detach, so that gradients reach the others")
-    changes = {name: False for name in without - {"supervision"}}
+    changes = {}
     if s.bricks is not None:
         changes["bricks"] = LegoConfig.parse(s.bricks, width=4, heads=1).bricks
     if s.width is not None:
@@ -1005,13 +1003,13 @@ class Trainer:
     """A run: network, weight average, optimizers and counters, made from the settings `s` and the
     checkpoint `state` to resume, for process `rank` of `world`."""
 
-    def __init__(self, s, state=None, rank=0, world=1, block=Block):
+    def __init__(self, s, state=None, rank=0, world=1, block=Block, config=None):
         self.s, self.rank, self.world = s, rank, world
         self.device = pick_device(s.device)
         self.autocast = pick_precision(s.precision, self.device)
         self.data = self.load_data()
         self.diffusion = OBJECTIVES[s.objective]()
-        self.config = state["config"] if state else make_config(s, self.data)
+        self.config = state["config"] if state else config or make_config(s, self.data)
         self.diffusion.rows(self.config, s.batch)       # a ValueError if a brick gets no images
         K = len(self.config.bricks)
         self.fractions = default_fractions(self.config)
@@ -1035,24 +1033,20 @@ class Trainer:
         self.thirds = thirds.to(self.device)
         if state:
             self.restore(state, block)
-        if s.compile:               # the blocks only: they share their code, so one compilation does
-            for brick in self.model.bricks:
-                for each in brick.blocks:
-                    each.compile()
+        if s.compile:
+            compile_blocks(self.model)
         for optimizer in self.optimizers:
             optimizer.found_inf = self.found_inf
             for group in optimizer.param_groups:
                 group["lr"] = self.rate
         on_gpu = self.device.type == "cuda"
         self.source = (Pool if on_gpu else Stream)(self.data, s, self.device, rank, world, self.step)
-        self.run = captured(self.compute) if on_gpu else self.compute
+        self.graph = captured(self.compute) if on_gpu else None
         self.began = time.perf_counter() - self.seconds
         self.stop = False           # whether a signal asked for it
 
     def load_data(self):
         """The data set. On each machine the first process downloads, then the others look."""
-        if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if self.world > 1 and not first:
             dist.barrier()
@@ -1139,7 +1133,7 @@ class Trainer:
         self.blend.fill_(1 - 0.5 ** (s.batch / half_life))
         self.source.renew(self.step)
         torch.manual_seed(generator(s.seed, "noise", self.step).initial_seed())
-        self.run()
+        self.graph() if self.graph else self.compute()
         self.step += 1
 
     def agree(self):
@@ -1234,50 +1228,58 @@ class Trainer:
         print(f"go on with: python train_tiny.py --resume {out}" if stopped else
               f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}")
 
-    def bench(self, rounds=20):
-        """A table of the time of a step. All cases take turns in random order, so that a slow moment
-        of the machine is slow for all, and each turn is followed by a matrix product of 2048^3,
-        the best of three, of whose speed the step reaches a share."""
-        everywhere = copy.copy(self.model)              # it shares all weights
-        bricks = tuple(replace(b, noise=(None, None)) for b in self.config.bricks)
-        everywhere.config = replace(self.config, bricks=bricks)
-        bf16, fp32 = (pick_precision(name, self.device) for name in ("bf16", "fp32"))
-        own, regions = self.model, self.fractions
-        cases = {"as trained, bf16": (bf16, own, regions), "as trained, fp32": (fp32, own, regions),
-                 "all regions, bf16": (bf16, own, [1.0] * len(bricks)),
-                 "all noise levels, bf16": (bf16, everywhere, regions)}
-        on_gpu = self.device.type == "cuda"
-        runs = {name: captured(self.compute) if on_gpu else self.compute for name in cases}
-        if on_gpu:
-            cases["eager, bf16"], runs["eager, bf16"] = (bf16, own, regions), self.compute
-        flops, times = {}, {name: [] for name in cases}
-        square = torch.randn(2048, 2048, device=self.device)
-        squares = {bf16: square.bfloat16(), fp32: square}
-        for i in range(rounds + 4):                     # the first four count FLOPs and warm up
-            for name in np.random.default_rng(i).permutation(list(cases)):
-                self.autocast, self.model, self.fractions = cases[name]
-                self.source.renew(i)
-                if i == 0:
-                    with FlopCounterMode(display=False) as counter:
-                        self.gradients()
-                    flops[name] = counter.get_total_flops()
-                step = timed(runs[name], self.device)
-                square = squares[self.autocast]
-                product = min(timed(lambda: square @ square, self.device) for _ in range(3))
-                times[name].append((step, 2 * 2048 ** 3 / product))
-        print(f"\na step of {self.s.batch} images in ms, median (10% to 90%) of {rounds}, cases in random "
-              f"turns; share of the speed of a matrix product of 2048^3\n"
-              f"case                      ms                   images/s   GFLOPs   GFLOP/s   share")
-        for name, rows in times.items():
-            step, peak = np.array(rows[4:]).T
-            low, middle, high = np.quantile(1000 * step, [.1, .5, .9])
-            speed = flops[name] / step
-            print(f"{name:<23}{middle:>7.1f} {f'({low:.1f} to {high:.1f})':<19}"
-                  f"{1000 * self.s.batch / middle:>9.0f}{flops[name] / 1e9:>9.2f}"
-                  f"{np.median(speed) / 1e9:>10.0f}{np.median(speed / peak):>8.1%}")
-        update = np.median([timed(self.update, self.device) for _ in range(rounds)])
-        print(f"of it, optimizers and average take {1000 * update:.1f} ms; peak memory "
-              f"{peak_memory(self.device):.0f} MB")
+
+def bench(trainer, rounds=20):
+    """A table of the time of a step. All cases take turns in random order, so that a slow moment
+    of the machine is slow for all, and each turn is followed by a matrix product of 2048^3,
+    the best of three, of whose speed the step reaches a share."""
+    s, device, config = trainer.s, trainer.device, trainer.config
+    bricks = tuple(replace(b, noise=(None, None)) for b in config.bricks)
+    released = dict(local_mlp=False, residual=False, detach=False, released=True)
+
+    def case(config=config, **changes):
+        settings = argparse.Namespace(**vars(s) | dict(precision="bf16") | changes)
+        return Trainer(settings, None, trainer.rank, trainer.world, trainer.model.block, config)
+
+    cases = {
+        "as trained, bf16": case(),
+        "as trained, fp32": case(precision="fp32"),
+        "all regions, bf16": case(region_fraction="1"),
+        "all regions and noise levels, bf16": case(replace(config, bricks=bricks), region_fraction="1"),
+        "the same, released network, fp32": case(
+            replace(config, bricks=bricks, **released), region_fraction="1", precision="fp32")}
+    if device.type == "cuda":
+        cases["as trained, bf16, eager"] = eager = case()
+        eager.graph = None
+    squares = {"fp32": torch.randn(2048, 2048, device=device)}
+    squares["bf16"] = squares["fp32"].bfloat16()
+    flops, times = {}, {name: [] for name in cases}
+    for i in range(rounds + 4):                         # the first four count FLOPs and warm up
+        for name in np.random.default_rng(i).permutation(list(cases)):
+            if i == 0:
+                cases[name].source.renew(0)
+                with FlopCounterMode(display=False) as counter:
+                    cases[name].gradients()
+                flops[name] = counter.get_total_flops()
+            step = timed(lambda: cases[name].advance(.5), device)
+            square = squares[cases[name].s.precision]
+            product = min(timed(lambda: square @ square, device) for _ in range(3))
+            times[name].append((step, 2 * 2048 ** 3 / product))
+    print(f"\na step of {s.batch} images in ms, median (10% to 90%) of {rounds}, cases in random turns; "
+          f"share of the speed of a matrix product of 2048^3\n"
+          f"{'case':<37}{'ms':<25}images/s   GFLOPs   GFLOP/s   share")
+    for name, rows in times.items():
+        step, peak = np.array(rows[4:]).T
+        low, middle, high = np.quantile(1000 * step, [.1, .5, .9])
+        speed = flops[name] / step
+        print(f"{name:<36}{middle:>6.1f} {f'({low:.1f} to {high:.1f})':<19}"
+              f"{1000 * s.batch / middle:>9.0f}{flops[name] / 1e9:>9.4g}"
+              f"{np.median(speed) / 1e9:>10.0f}{np.median(speed / peak):>8.1%}")
+    update = np.median([timed(trainer.update, device) for _ in range(rounds)])
+    print(f"of it, optimizers and average take {1000 * update:.1f} ms; peak memory of all cases together "
+          f"{peak_memory(device):.0f} MB")
+    for each in cases.values():
+        each.source = None                  # This ends the workers.
 
 
 def main(arguments=None, block=Block):
@@ -1301,13 +1303,15 @@ def main(arguments=None, block=Block):
     if not state and Path(s.out, "checkpoint.pt").exists():
         raise ValueError(f"{s.out} holds a run already: continue it with --resume {s.out}, or choose "
                          f"another --out")
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     trainer = Trainer(s, state, rank, world, block)
     sigmas = [sigma for _, sigma in trainer.diffusion.evaluations()]
     print(table(trainer.model, sigmas))
     fractions = ", ".join(f"{fraction:.3g}" for fraction in trainer.fractions)
     print(f"each brick trains on this share of its regions: {fractions}")
     try:
-        trainer.bench() if s.bench else trainer.fit(Path(s.out))
+        bench(trainer) if s.bench else trainer.fit(Path(s.out))
     except OSError as error:
         raise ValueError(f"cannot write to {s.out} ({error}). A checkpoint saved before is whole: make "
                          f"room and go on with --resume {s.out}") from error
