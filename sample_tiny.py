@@ -24,8 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lego import (OBJECTIVES, SAMPLERS, Block, Grid, count_flops, generator, load_checkpoint,
-                  write_aside)
+from lego import OBJECTIVES, SAMPLERS, Block, generator, load_checkpoint, write_aside
 from train_tiny import (Parser, check_limits, command, compile_blocks, flag, peak_memory, pick_device,
                         pick_precision, picture, save_picture, sheet_columns, table, timed,
                         to_bytes)
@@ -35,40 +34,36 @@ LARGEST_SHEET = 1 << 26         # pixels of a picture that holds all samples
 
 def read_flags(arguments=None):
     p = Parser(description="Sample from a LEGO diffusion stack.")
-    flag(p, "--ckpt", None, "checkpoint file (default: the newest under runs/, else "
-         "assets/landscapes.pt)")
-    flag(p, "--skip", "", "bricks to leave out: 2,3 at every step; 2,3@0-0.5 in the first, noisy half "
-         "of the steps (after an @ comes the progress here, not sigma as in --bricks); several such "
-         "parts separated by semicolons; auto: every brick where training found that it hardly "
-         "matters")
-    flag(p, "--size", None, "SIDE or HEIGHTxWIDTH in pixels: the height decides the resolution, and a "
+    flag(p, "--ckpt", None, "checkpoint (default: the newest in runs/, else assets/landscapes.pt)")
+    flag(p, "--skip", "", "bricks to leave out: 2,3 at every step; 2,3@0-0.5 in the first, noisy "
+         "half of the steps (after an @ comes the progress, not sigma as in --bricks); several "
+         "parts with semicolons between; auto: where training found that they hardly matter")
+    flag(p, "--size", None, "SIDE or HEIGHTxWIDTH in pixels: the height decides the resolution, a "
          "larger width widens the scene (default: the training size)")
     flag(p, "--n", 32, "number of images", type=int)
     flag(p, "--batch", 32, "images computed at a time", type=int)
-    flag(p, "--steps", None, "noise levels walked (default: 18 for edm, 100 for ddpm)", type=int)
-    flag(p, "--sampler", None, "ddim is another name of euler (default: heun for edm, ancestral for "
-         "ddpm)", choices=[*SAMPLERS, "ddim"])
-    flag(p, "--churn", 0.0, "S_churn of Karras et al.: noise added at each step of heun and euler",
-         type=float)
+    flag(p, "--steps", None, "noise levels (default: 18 for edm, 100 for ddpm)", type=int)
+    flag(p, "--sampler", None, "ddim is another name of euler (default: heun for edm, ancestral "
+         "for ddpm)", choices=[*SAMPLERS, "ddim"])
+    flag(p, "--churn", 0.0, "S_churn of Karras et al., for heun and euler", type=float)
     flag(p, "--guidance", 1.0, "scale of classifier-free guidance; 1 is off", type=float)
-    flag(p, "--label", None, "class name or index for all images, or none (default: every class in "
-         "turn)")
+    flag(p, "--label", None, "class name or index, or none (default: every class in turn)")
     flag(p, "--seed", 0, "seed; image i of a seed is always the same", type=int)
     flag(p, "--out", "runs/samples.png", "FILE.png (one sheet), FILE.npz (arr_0, uint8 NHWC) or a "
          "folder of PNG files")
     other = p.add_mutually_exclusive_group()
-    flag(other, "--stages", False, "instead show how one image forms: a column for a noise level, the "
-         "noisy image in the first row and the estimate of every brick below, white where the brick "
-         "does not run", action="store_true")
-    flag(other, "--bench", False, "instead time every subset of bricks that covers all noise levels, "
-         "against its share of FLOPs", action="store_true")
+    flag(other, "--stages", False, "instead show how one image forms: the noisy image in the first "
+         "row and the estimate of every brick below, white where it does not run",
+         action="store_true")
+    flag(other, "--bench", False, "instead time the subsets of bricks that cover all noise levels",
+         action="store_true")
     flag(p, "--device", "auto", "auto, cpu, cuda, mps")
     flag(p, "--precision", "auto", "number format of the network", choices=["auto", "fp32", "bf16"])
     flag(p, "--compile", False, "compile the Transformer blocks, which takes a minute at first",
          action="store_true")
     a = p.parse_args(arguments)
-    check_limits(p, a, dict(n=(1, 1 << 32), batch=(1, 1 << 16), steps=(1, 10_000), seed=(0, 1 << 64),
-                            guidance=(0, 1000), churn=(0, 1000)))
+    check_limits(p, a, dict(n=(1, 1 << 32), batch=(1, 1 << 16), steps=(1, 10_000),
+                            seed=(0, 1 << 64), guidance=(0, 1000), churn=(0, 1000)))
     return a
 
 
@@ -76,12 +71,13 @@ def find_checkpoint(name):
     """The file that was named, else the newest run, else the weights that the project brings."""
     if name:
         return Path(name)
-    found = sorted(Path("runs").glob("**/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    runs = Path("runs").glob("**/checkpoint.pt")
+    newest = max(runs, key=lambda path: path.stat().st_mtime, default=None)
     shipped = Path(__file__).parent / "assets/landscapes.pt"
-    if not found and not shipped.exists():
-        raise ValueError("no checkpoint under runs/ or assets/: train one with python train_tiny.py, or "
-                         "name one with --ckpt")
-    return found[-1] if found else shipped
+    if not newest and not shipped.exists():
+        raise ValueError("no checkpoint under runs/ or assets/: train one with python "
+                         "train_tiny.py, or name one with --ckpt")
+    return newest or shipped
 
 
 def parse_size(text, size):
@@ -89,7 +85,7 @@ def parse_size(text, size):
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text or str(size))
     sides = [int(side) for side in match.groups() if side] if match else [0]
     if 0 in sides:
-        raise ValueError(f"--size {text}: write SIDE or HEIGHTxWIDTH in pixels, such as 64 or 32x128")
+        raise ValueError(f"--size {text}: write SIDE or HEIGHTxWIDTH in pixels, such as 32x128")
     if sides[0] * sides[-1] > LARGEST_SHEET:
         raise ValueError(f"--size {text}: {LARGEST_SHEET} pixels are the most")
     return sides[0], sides[-1]
@@ -101,8 +97,8 @@ def parse_skip(text):
     for part in filter(None, text.replace(" ", "").split(";")):
         match = re.fullmatch(r"(\d+(?:,\d+)*)(?:@(\d*\.?\d+)-(\d*\.?\d+))?", part)
         if not match:
-            raise ValueError(f"--skip {part}: write brick indices such as 2,3, or for a part of the "
-                             f"steps 2,3@0-0.5")
+            raise ValueError(f"--skip {part}: write brick indices such as 2,3, or for a part of "
+                             f"the steps 2,3@0-0.5")
         bricks = {int(k) for k in match[1].split(",")}
         start, end = float(match[2] or 0), float(match[3] or 1)
         if not start < end <= 1:
@@ -122,39 +118,37 @@ def skip_useless(model, evaluations, steps):
         useful = [(float(low or 0), math.inf if high is None else float(high))
                   for low, high in model.info["useful"]]
     except (KeyError, TypeError, ValueError):
-        raise ValueError("--skip auto: training has not measured where the bricks of this checkpoint "
-                         "are useful; it does so when a run ends") from None
-    skips = []
-    for step in range(steps):
-        sigmas = [sigma for i, sigma in evaluations if i == step]
-        skip = set()
+        raise ValueError("--skip auto: training has not measured where the bricks of this "
+                         "checkpoint are useful") from None
+
+    def skip(progress):
+        sigmas = [sigma for i, sigma in evaluations if i == round(progress * steps)]
+        useless = set()
         for k, (low, high) in enumerate(useful):
             if not any(low <= sigma < high for sigma in sigmas):
-                skip.add(k)
+                useless.add(k)
         try:
-            model.config.active(torch.tensor(sigmas).log() / 4, skip)
+            model.config.active(torch.tensor(sigmas).log() / 4, useless)
+            return useless
         except ValueError:
-            skip = set()
-        skips.append(skip)
-    return lambda progress: skips[round(progress * steps)]
+            return set()
+    return skip
 
 
 def parse_label(text, model):
-    """A function from the number of an image to its label, or None for unconditional samples."""
+    """The labels that images take in turn, of which a model without classes has none."""
     classes, names = model.config.classes, model.info.get("classes", [])
-    if not classes:
-        if text not in (None, "none"):
-            raise ValueError(f"--label {text}: this model has no classes")
-        return None
-    if text is None:
-        return lambda i: i % classes
-    if text == "none":
-        return lambda i: classes
-    if text in names:
-        return lambda i: names.index(text)
-    if not text.isdigit() or int(text) >= classes:
-        raise ValueError(f"--label {text}: take none, 0 to {classes - 1}, or one of {', '.join(names)}")
-    return lambda i: int(text)
+    if not classes and text not in (None, "none"):
+        raise ValueError(f"--label {text}: this model has no classes")
+    if text is None or not classes:
+        return list(range(classes))
+    known = {str(k): k for k in range(classes)}
+    known |= {name: k for k, name in enumerate(names)}
+    known["none"] = classes
+    if text not in known:
+        raise ValueError(f"--label {text}: take none, 0 to {classes - 1}, or one of "
+                         f"{', '.join(names)}")
+    return [known[text]]
 
 
 class Sampler:
@@ -168,7 +162,7 @@ class Sampler:
         objective = self.model.info.get("objective", "edm")
         self.diffusion, self.seed, self.batch = OBJECTIVES[objective](), a.seed, a.batch
         self.size = parse_size(a.size, self.model.config.size)
-        self.label = parse_label(a.label, self.model)
+        self.turn = parse_label(a.label, self.model)
         walk = dict(steps=a.steps or self.diffusion.steps, churn=a.churn,
                     sampler="euler" if a.sampler == "ddim" else a.sampler or self.diffusion.sampler)
         evaluations = self.diffusion.evaluations(**walk)
@@ -186,33 +180,26 @@ class Sampler:
             counts = [sum(k in run for run in runs) for k in range(len(self.model.bricks))]
             print(f"skipping {a.skip}: of {len(runs)} evaluations the bricks run in "
                   f"{', '.join(map(str, counts))}")
-        self.model.to(self.device)
         if a.compile:               # reduce-overhead: as CUDA graphs, where there is CUDA
             compile_blocks(self.model, mode="reduce-overhead")
+        self.model.to(self.device).register_forward_pre_hook(self.count_flops, with_kwargs=True)
         self.flops = 0
-        self.watch_flops()
 
-    def watch_flops(self):
-        """Let every brick that runs, and the embeddings, add to `self.flops`."""
-        config, block = self.model.config, self.model.block
-
-        def brick_runs(k, brick, inputs):
-            x, _, _, _, offset = inputs
-            grid = Grid(brick.spec, config, *x.shape[2:], offset)
-            self.flops += len(x) * count_flops(config, block, k, grid.rows, grid.columns)
-
-        def stack_runs(model, inputs):
-            self.flops += len(inputs[0]) * count_flops(config, block)
-
-        self.model.register_forward_pre_hook(stack_runs)
-        for k, brick in enumerate(self.model.bricks):
-            brick.register_forward_pre_hook(partial(brick_runs, k))
+    def count_flops(self, model, inputs, settings):
+        """Add the FLOPs of the evaluation that the model is about to make."""
+        x, c_noise, *_ = inputs
+        *each, shared = model.flops(*x.shape[2:], offset=settings.get("offset", (0, 0)))
+        rows = settings.get("rows")
+        if rows is None:
+            rows = model.config.active(c_noise.cpu(), settings.get("skip", ()))
+        images = [len(x[here]) for here in rows]
+        self.flops += len(x) * shared + sum(map(math.prod, zip(images, each)))
 
     def labels(self, numbers):
         """The labels of the images of these numbers, or None."""
-        if self.label is None:
+        if not self.turn:
             return None
-        return torch.tensor([self.label(i) for i in numbers], device=self.device)
+        return torch.tensor([self.turn[i % len(self.turn)] for i in numbers], device=self.device)
 
     def images(self, numbers, **settings):
         """float images (n, C, H, W) of these numbers."""
@@ -224,51 +211,66 @@ class Sampler:
 
     def batches(self, n):
         """uint8 images (b, H, W, C), a batch at a time, n in all."""
-        with tqdm(total=n, unit="image") as bar:
-            for start in range(0, n, self.batch):
-                numbers = range(start, min(n, start + self.batch))
-                yield to_bytes(self.images(numbers))
-                bar.update(len(numbers))
+        for start in tqdm(range(0, n, self.batch), unit="batch"):
+            yield to_bytes(self.images(range(start, min(n, start + self.batch))))
 
 
 def write_npz(batches, shape, file):
     """An ADM sample file, written as the batches come: `arr_0`, uint8 of `shape` (n, H, W, C)."""
     header = dict(descr="|u1", fortran_order=False, shape=shape)
-    with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+    with (zipfile.ZipFile(file, "w") as archive,
+          archive.open("arr_0.npy", "w", force_zip64=True) as member):
         np.lib.format.write_array_header_1_0(member, header)
         for images in batches:
             member.write(images.tobytes())
 
 
+def write_samples(sampler, n, out):
+    """Write n images to a .npz file, a sheet or a folder. ValueError if a sheet is too large."""
+    config, (height, width), batches = sampler.model.config, sampler.size, sampler.batches(n)
+    if out.suffix == ".npz":
+        write_aside(out, partial(write_npz, batches, (n, height, width, config.channels)))
+    elif out.suffix == ".png":
+        if n * height * width > LARGEST_SHEET:
+            raise ValueError(f"{n} images of {height}x{width} are too much for one picture: name a "
+                             f"folder")
+        columns = max(1, round(sheet_columns(config.classes) * height / width))
+        save_picture(picture(np.concatenate(list(batches)), min(n, columns)), out)
+    else:
+        for i, image in enumerate(itertools.chain.from_iterable(batches)):
+            save_picture(picture(image[None], 1, enlarge=False), out / f"{i:06d}.png")
+
+
+@torch.no_grad()
 def stages(sampler, columns=9):
     """A picture of image 0 on its way: x in the first row, below it the estimates of x0 of every
     brick, white where the brick does not run."""
-    model, diffusion, levels = sampler.model, sampler.diffusion, {}
-    steps = sampler.settings["steps"]
-    step_of = {sigma: i for i, sigma in enumerate(diffusion.levels(steps))}
+    model, diffusion, seen = sampler.model, sampler.diffusion, {}
 
-    def watch(x0, x, sigma):            # sees every evaluation; the last at a level is the step's own
-        if x.shape[2:] == sampler.size and sigma in step_of:
-            skip = sampler.skips[step_of[sigma]]
-            running = model.config.running(sigma, skip)
-            every = diffusion.estimate(model, x, sigma, sampler.labels([0]), skip=skip,
-                                       guidance=sampler.settings["guidance"], return_all=True)
-            cells = [torch.ones_like(x)] * len(model.bricks)
-            for k, estimate in zip(running, every):
-                cells[k] = estimate
-            levels[sigma] = torch.cat([x * .5 / math.hypot(.5, sigma), *cells])   # (1 + K, C, H, W)
+    def watch(x0, x, sigma):            # The last evaluation at a level is that of its own step.
+        if x.shape[2:] == sampler.size:
+            seen[sigma] = x
         return x0
 
     sampler.images([0], guide=watch)
-    if not levels:
-        side = model.config.size
-        raise ValueError("--stages: no step works on {}x{} pixels, which are cut or enlarged from another "
-                         "canvas: take --size {}".format(*sampler.size, side))
-    sigmas = sorted(levels, reverse=True)
-    sigmas = [sigmas[round(i * (len(sigmas) - 1) / (columns - 1))] for i in range(columns)]
-    print("noise levels " + ", ".join(f"{sigma:.3g}" for sigma in sigmas))
-    rows = torch.stack([levels[sigma] for sigma in sigmas], 1).flatten(0, 1)
-    return picture(to_bytes(rows), columns)
+    levels = diffusion.levels(sampler.settings["steps"])
+    steps = [i for i, sigma in enumerate(levels) if sigma in seen]
+    if not steps:
+        raise ValueError("--stages: no step works on {}x{} pixels, which are cut or enlarged from "
+                         "another canvas: take --size {}".format(*sampler.size, model.config.size))
+    steps = [steps[round(i * (len(steps) - 1) / (columns - 1))] for i in range(columns)]
+    print("noise levels " + ", ".join(f"{levels[i]:.3g}" for i in steps))
+    tiles = []
+    for i in steps:
+        x, sigma = seen[levels[i]], levels[i]
+        with sampler.autocast():
+            every = diffusion.estimate(model, x, sigma, sampler.labels([0]), skip=sampler.skips[i],
+                                       guidance=sampler.settings["guidance"], return_all=True)
+        cells = [torch.ones_like(x)] * len(model.bricks)
+        for k, estimate in zip(model.config.running(sigma, sampler.skips[i]), every):
+            cells[k] = estimate
+        tiles.append(torch.cat([x * .5 / math.hypot(.5, sigma), *cells]))    # (1 + K, C, H, W)
+    return picture(to_bytes(torch.stack(tiles, 1).flatten(0, 1)), columns)
 
 
 def covering_subsets(config):
@@ -285,27 +287,28 @@ def covering_subsets(config):
 
 
 def bench(sampler, rounds=8):
-    """A table of what subsets of bricks cost. Cases take turns in random order, so that a slow
+    """A table of what subsets of bricks cost. They take turns in random order, so that a slow
     moment of the machine is slow for all."""
     n, subsets = sampler.batch, covering_subsets(sampler.model.config)
     times, flops = {skip: [] for skip in subsets}, {}
     for i in range(rounds + 1):                                          # the first round warms up
         for k in np.random.default_rng(i).permutation(len(subsets)):
-            skip, sampler.flops = subsets[k], 0
+            skip = subsets[k]
+            sampler.flops = 0
             seconds = timed(lambda: sampler.images(range(n), skip=skip), sampler.device)
             flops[skip] = sampler.flops / n
             times[skip].append(1000 * seconds / n)
     height, width = sampler.size
-    print(f"\n{n} images of {height}x{width}, {sampler.settings['sampler']}: ms per image, median (10% to "
-          f"90%) of {rounds}\nskipped   GFLOPs   ms per image             FLOPs    time   "
+    print(f"\n{n} images of {height}x{width}, {sampler.settings['sampler']}: ms per image, median "
+          f"(10% to 90%) of {rounds}\nskipped   GFLOPs   ms per image             FLOPs    time   "
           f"time saved / FLOPs saved")
     for skip in subsets:
         low, middle, high = np.quantile(times[skip][1:], [.1, .5, .9])
         share = np.median(np.divide(times[skip], times[()])[1:])
         saved = 1 - flops[skip] / flops[()]
-        print(f"{','.join(map(str, skip)) or 'nothing':<9} {flops[skip] / 1e9:>6.2f}   "
-              f"{f'{middle:.4g} ({low:.4g} to {high:.4g})':<23} {1 - saved:>6.1%}  {share:>6.1%}   "
-              + (f"{(1 - share) / saved:.2f}" if skip else ""))
+        name, spread = ",".join(map(str, skip)), f"{middle:.4g} ({low:.4g} to {high:.4g})"
+        print(f"{name or 'nothing':<9} {flops[skip] / 1e9:>6.2f}   {spread:<23} {1 - saved:>6.1%}  "
+              f"{share:>6.1%}   " + (f"{(1 - share) / saved:.2f}" if skip else ""))
 
 
 def main(arguments=None, block=Block):
@@ -323,24 +326,12 @@ def main(arguments=None, block=Block):
         out = out.with_suffix(".png") if out.suffix else out / "stages.png"
         save_picture(stages(sampler), out)
         return print(f"written to {out}")
-    began, config, (height, width) = time.perf_counter(), sampler.model.config, sampler.size
-    if out.suffix == ".npz":
-        shape = a.n, height, width, config.channels
-        write_aside(out, partial(write_npz, sampler.batches(a.n), shape))
-    elif out.suffix == ".png":
-        if a.n * height * width > LARGEST_SHEET:
-            raise ValueError(f"{a.n} images of {height}x{width} are too much for one picture: name a "
-                             f"folder")
-        columns = max(1, round(sheet_columns(config.classes) * height / width))
-        images = np.concatenate(list(sampler.batches(a.n)))
-        save_picture(picture(images, min(a.n, columns)), out)
-    else:
-        for i, image in enumerate(itertools.chain.from_iterable(sampler.batches(a.n))):
-            save_picture(picture(image[None], 1, enlarge=False), out / f"{i:06d}.png")
+    began = time.perf_counter()
+    write_samples(sampler, a.n, out)
     seconds = time.perf_counter() - began
-    print(f"{a.n} images of {height}x{width} in {seconds:.1f} s: {sampler.flops / a.n / 1e9:.2f} GFLOPs "
-          f"and {1000 * seconds / a.n:.1f} ms per image, peak memory "
-          f"{peak_memory(sampler.device):.0f} MB, written to {out}")
+    print(f"{a.n} images of {'x'.join(map(str, sampler.size))} in {seconds:.1f} s: "
+          f"{sampler.flops / a.n / 1e9:.2f} GFLOPs and {1000 * seconds / a.n:.1f} ms per image, "
+          f"peak memory {peak_memory(sampler.device):.0f} MB, written to {out}")
 
 
 if __name__ == "__main__":

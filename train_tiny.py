@@ -24,7 +24,7 @@ import traceback
 import urllib.request
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from http.client import HTTPException
@@ -62,10 +62,8 @@ RIDGES = [(.48, .24), (.32, .17), (.15, .08)]       # altitude and height, from 
 
 
 def landscapes(seed, indices, H, W):
-    """Draw the scenes `indices` of the endless data set `seed`.
-
-    Returns uint8 images (n, H, W, 3) and labels (n,), which are the index modulo 4. A scene
-    has the same content at any height H, and a larger width W shows more of it."""
+    """Draw the scenes `indices` of the endless data set `seed`: uint8 images (n, H, W, 3) and
+    labels (n,). A scene has the same content at any height, and a larger width shows more."""
     images = np.stack([landscape(seed, index, H, W) for index in indices])
     return images, np.asarray(indices) % 4
 
@@ -160,12 +158,10 @@ def reading(path):
 
 @dataclass(eq=False)
 class Data:
-    """A data set of images (size, size, channels); a label is a place in `classes`.
-
-    flip: a mirror image is as likely as the image.
-    train, held_out: uint8 images (n, size, size, channels) and labels (n,).
-    draw: a procedural data set has this instead, a function (seed, indices, H, W) that
-      returns uint8 images (n, H, W, channels) and labels (n,)."""
+    """A data set of uint8 images (n, size, size, channels) and labels (n,), which are places in
+    `classes`. It has a pair of these to train on and one held out, or, if it is endless, a
+    function draw(seed, indices, H, W) that returns such a pair of any size. `flip` tells that
+    a mirror image is as likely as the image."""
     name: str
     classes: list
     channels: int
@@ -176,12 +172,10 @@ class Data:
     draw: Callable | None = None
 
     def batch(self, seed, step, count, rank=0, world=1, flip=False):
-        """What process `rank` of `world` gets of batch number `step` of `count` images:
-        float images (n, C, H, W) in [-1, 1] and labels (n,), the same in every run.
-
-        Batches go through shuffled epochs. With `flip` half of the images are mirrored."""
-        # The order is random because training sorts the noise levels of a batch: classes that
-        # take turns, as in a procedural data set, would each see only some of the levels.
+        """The part of process `rank` of `world` of batch number `step` of `count` images: float
+        images (n, C, H, W) in [-1, 1] and labels (n,). Batches go through shuffled epochs."""
+        # Training sorts the noise levels of a batch. Without a random order, classes that take
+        # turns, as in the landscapes, would each see only some of the levels.
         random = np.random.default_rng([seed, step, 1])
         order = random.permutation(count)[rank::world]
         numbers = step * count + order
@@ -224,21 +218,16 @@ def to_bytes(images):
 
 
 def fetch(name, sha256, urls, folder, opener=open):
-    """The path of a file in `folder`, downloaded from one of `urls` if it is not there.
-
-    sha256 is that of the bytes that `opener` reads from the file. Raises ValueError, which
-    says where to put the file, if the right one cannot be had."""
+    """The path of a file in `folder`, downloaded from one of `urls` if it is not there. sha256 is
+    that of the bytes that `opener` reads from it. ValueError if the right file cannot be had."""
     path, part = Path(folder, name), Path(folder, name + ".part")
 
-    def matches(file):
-        try:
-            with opener(file, "rb") as content:
-                return hashlib.sha256(content.read(LARGEST_FILE)).hexdigest() == sha256
-        except DAMAGED:
-            return False
+    def is_right(file):
+        with suppress(*DAMAGED), opener(file, "rb") as content:
+            return hashlib.sha256(content.read(LARGEST_FILE)).hexdigest() == sha256
 
     if path.exists():
-        if matches(path):
+        if is_right(path):
             return path
         raise ValueError(f"{path} is damaged: delete it, to download it again")
     reasons = []
@@ -249,7 +238,7 @@ def fetch(name, sha256, urls, folder, opener=open):
             reasons.append(f"{url}: {error}")
             if getattr(error, "code", None) != 416:     # 416: the part is as long as the file.
                 continue
-        if matches(part):
+        if is_right(part):
             return part.replace(path)
         part.unlink()
         reasons.append(f"{url}: wrong checksum")
@@ -286,8 +275,8 @@ def cifar10(folder, size):
 
 
 def read_cifar10(path):
-    """Read the official binary archive: uint8 images (n, 32, 32, 3) and labels (n,) to train
-    on, and such a pair to test with. Raises ValueError if it is damaged."""
+    """Two pairs of uint8 images (n, 32, 32, 3) and labels (n,) from the official archive, the one
+    to train on and the one to test with. ValueError if it is damaged."""
     pairs = []
     with reading(path), tarfile.open(path, "r:gz") as archive:
         for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
@@ -307,24 +296,23 @@ FASHION_SHA256 = {      # These are of what the .gz files hold, since copies are
     "t10k-images-idx3": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"}
 FASHION_URLS = [
+    "file:///usr/share/datasets/fashion-mnist/",        # Debian's package dataset-fashion-mnist
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"]
-FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")      # package dataset-fashion-mnist
 
 
 def fashion_mnist(folder, size):
-    if FASHION_DEBIAN.exists() and not Path(folder, "train-images-idx3-ubyte.gz").exists():
-        folder = FASHION_DEBIAN
-    paths = [fetch(name + "-ubyte.gz", sha256, FASHION_URLS, folder, gzip.open)
-             for name, sha256 in FASHION_SHA256.items()]
-    images, labels, test_images, test_labels = map(read_idx, paths)
+    arrays = []
+    for name, sha256 in FASHION_SHA256.items():
+        arrays.append(read_idx(fetch(name + "-ubyte.gz", sha256, FASHION_URLS, folder, gzip.open)))
+    images, labels, test_images, test_labels = arrays
     train, test = (images[..., None], labels), (test_images[..., None], test_labels)
     flip = False        # All shoes point to the left.
     return in_memory("fashion-mnist", FASHION, flip, size, train, test)
 
 
 def read_idx(path):
-    """The array of a gzipped idx file of bytes. Raises ValueError if it is damaged."""
+    """The array of a gzipped idx file of bytes. ValueError if it is damaged."""
     with reading(path), gzip.open(path) as file:
         data = np.frombuffer(file.read(LARGEST_FILE), np.uint8)
         if len(data) < 4 or data[:3].tolist() != [0, 0, 8]:
@@ -334,9 +322,8 @@ def read_idx(path):
 
 
 def in_memory(name, classes, flip, size, *pairs):
-    """The Data of two pairs (images, labels), one to train on and one held out.
-
-    Raises ValueError if the labels do not fit the images or the classes."""
+    """The Data of two pairs (images, labels), one to train on and one held out. ValueError if the
+    labels do not fit the images or the classes."""
     for images, labels in pairs:
         if len(images) != len(labels) or labels.max(initial=0) >= len(classes):
             raise ValueError(f"{name}: {len(images)} images of {len(classes)} classes have "
@@ -354,8 +341,8 @@ def resized(images, size):
 
 
 def read_image(file, size):
-    """Read an image of any mode as uint8 (size, size, 3), cropped around its centre. It is
-    turned upright and laid on white. Pillow's errors pass through."""
+    """An image of any mode as uint8 (size, size, 3): upright, on white, cropped around its centre.
+    Pillow's errors pass through."""
     image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
     if image.mode.startswith("I"):          # It has 16 bits a pixel.
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
@@ -366,10 +353,8 @@ def read_image(file, size):
 
 
 def read_folder(path, size):
-    """The Data of a folder or zip of images. The class of an image is its folder's name.
-
-    The last tenth of each class is held out, and nothing is written anywhere. Raises
-    ValueError if there are fewer than two images or if the zip is hostile."""
+    """The Data of a folder or zip of images, with the last tenth of each class held out. The class
+    of an image is its folder's name. ValueError for fewer than two images or a hostile zip."""
     groups = read_images(path, size)
     classes = sorted(groups)
     counts = [len(groups[name]) for name in classes]
@@ -381,18 +366,18 @@ def read_folder(path, size):
     held = np.concatenate([np.arange(n) >= n - n // 10 for n in counts])
     if (images == images[..., :1]).all():
         images = images[..., :1]            # All of them are gray.
-    if not held.any():
+    train = held_out = images[~held], labels[~held]
+    if held.any():
+        held_out = images[held], labels[held]
+    else:
         print("no class has ten images, so held-out losses will be those of training images")
-    train = images[~held], labels[~held]
-    held_out = (images[held], labels[held]) if held.any() else train
     return in_memory(path.stem, classes, True, size, train, held_out)
 
 
 def read_images(path, size):
     """A dictionary from each class in a folder or zip to a list of uint8 (size, size, 3)."""
     groups, skipped = {}, 0
-    files = zip_files(path) if path.is_file() else folder_files(path)
-    for name, opened in tqdm(files, f"reading {path.name}", unit=" files", leave=False):
+    for name, opened in tqdm(files_in(path), f"reading {path.name}", unit=" files", leave=False):
         hidden = any(part.startswith(".") for part in name.parts[1:])
         if hidden or name.suffix.lower() not in SUFFIXES:
             continue
@@ -407,14 +392,13 @@ def read_images(path, size):
     return groups
 
 
-def folder_files(path):
-    """Yield the path of every file and a function that opens the file."""
-    for file in sorted(path.rglob("*")):
-        yield file.relative_to(path.parent), partial(file.open, "rb")
-
-
-def zip_files(path):
-    """Yield the same for a zip. Raises ValueError if it is damaged or not to be trusted."""
+def files_in(path):
+    """Yield the path of every file in a folder or zip, and a function that opens the file.
+    ValueError if the zip is damaged or not to be trusted."""
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            yield file.relative_to(path.parent), partial(file.open, "rb")
+        return
     with reading(path), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if sum(info.file_size for info in members) > 100 * path.stat().st_size + LARGEST_FILE:
@@ -435,9 +419,8 @@ DATASETS = {"landscapes": built_in, "cifar10": cifar10, "fashion-mnist": fashion
 
 
 def load_data(name, folder, size):
-    """The Data of a name in DATASETS, or of a folder or zip of images, at size x size.
-
-    Downloads are kept in `folder`. Raises ValueError if there is no such data set."""
+    """The Data of a name in DATASETS, or of a folder or zip of images, at size x size. Downloads
+    are kept in `folder`. ValueError if there is no such data set."""
     if name in DATASETS:
         return DATASETS[name](folder, size)
     if not Path(name).exists():
@@ -486,6 +469,15 @@ def flag(parser, name, default, help, **settings):
     parser.add_argument(name, default=default, help=help, **settings)
 
 
+def check_limits(parser, settings, limits):
+    """Leave with an error if a flag lies outside its (least, most)."""
+    for name, (least, most) in limits.items():
+        value = getattr(settings, name)
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} must lie between {least} and {most}, "
+                         f"found {value}")
+
+
 def command(main):
     """Run main() and leave. What a user can cause makes one line and exit code 2."""
     keep_memory()
@@ -495,24 +487,20 @@ def command(main):
     except KeyboardInterrupt:
         code = "interrupted"
     except Exception as error:
-        code = explain(error)
-    sys.exit(code)      # Out here the error no longer keeps the run and its workers alive.
-
-
-def explain(error):
-    """Print what a user should know about an error and return the exit code."""
-    full = isinstance(error, (MemoryError, RuntimeError)) and "memory" in repr(error).lower()
-    if not full and not isinstance(error, (ValueError, OSError)):
-        traceback.print_exception(error)        # It is a mistake of ours.
-        return 1
-    hint = "take a smaller batch, size or width: " if full else ""
-    message = " ".join(str(error).split())[:500]
-    print(f"{Path(sys.argv[0]).name}: {hint}{message}", file=sys.stderr)
-    return 2
+        full = isinstance(error, (MemoryError, RuntimeError)) and "memory" in repr(error).lower()
+        if full or isinstance(error, (ValueError, OSError)):
+            hint = "take a smaller batch, size or width: " if full else ""
+            message = " ".join(str(error).split())[:500]
+            print(f"{Path(sys.argv[0]).name}: {hint}{message}", file=sys.stderr)
+            code = 2
+        else:               # It is a mistake of ours.
+            traceback.print_exception(error)
+            code = 1
+    sys.exit(code)          # Out here the error no longer keeps the run and its workers alive.
 
 
 def pick_device(name):
-    """The torch.device of a name, which may be "auto". Raises ValueError if it is not there."""
+    """The torch.device of a name, which may be "auto". ValueError if it is not there."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -525,12 +513,10 @@ def pick_device(name):
 def keep_memory():
     """Tell glibc to keep what is freed. By default it returns large blocks to the system and
     fetches them again for the next tensor, which costs 21,000 page faults a training step."""
-    try:
+    with suppress(AttributeError, OSError, TypeError):      # There are other C libraries.
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 1 << 30)        # M_TRIM_THRESHOLD
         mallopt(-3, 1 << 25)        # M_MMAP_THRESHOLD can be no higher.
-    except (AttributeError, OSError, TypeError):
-        pass                        # This is another C library.
 
 
 def pick_precision(name, device):
@@ -557,7 +543,7 @@ def compile_blocks(model, **settings):
 
 def timed(work, device):
     """The seconds that work() takes, including what it leaves to the accelerator."""
-    wait = torch.cpu.synchronize if device.type == "cpu" else torch.accelerator.synchronize
+    wait = getattr(torch, device.type).synchronize
     wait()
     began = time.perf_counter()
     work()
@@ -566,8 +552,8 @@ def timed(work, device):
 
 
 def peak_memory(device):
-    """The most memory used so far in MB: what torch took on a GPU, else the resident set of
-    the process, which is NaN on Windows."""
+    """The most memory used so far in MB, by torch on a GPU or else by the process, which is NaN
+    on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if sys.platform == "win32":
@@ -575,6 +561,23 @@ def peak_memory(device):
     import resource                 # Windows does not have it.
     unit = 1e6 if sys.platform == "darwin" else 1e3
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def table(model, sigmas, skip=()):
+    """The stack in words. The share of FLOPs is that of a sampling walk whose evaluations are at
+    the noise levels `sigmas`."""
+    config, size = model.config, model.config.size
+    flops = np.sum([model.flops(size, size, sigma=sigma) for sigma in sigmas], 0)
+    count = sum(p.numel() for p in model.parameters())
+    lines = [f"width {config.width}, {count / 1e6:.2f}M parameters, {flops.sum() / 1e9:.2f} GFLOPs "
+             f"for an image of {size}x{size} in {len(sigmas)} evaluations",
+             "brick  region  patch  depth  noise sigma  tokens  parameters  FLOPs"]
+    for k, (spec, brick) in enumerate(zip(config.bricks, model.bricks)):
+        count = sum(p.numel() for p in brick.parameters())
+        lines.append(f"{k:>5}  {spec.region:>6}  {spec.patch:>5}  {spec.depth:>5}  "
+                     f"{spec.noise_range:>11}  {spec.tokens:>6}  {count:>10}  "
+                     f"{flops[k] / flops.sum():>5.1%}" + "  skipped" * (k in skip))
+    return "\n".join(lines)
 
 
 # ---- Training ------------------------------------------------------------------------
@@ -593,24 +596,23 @@ def read_flags(arguments=None):
          "(class = folder name)")
     flag(p, "--data-dir", "data", "where data sets are looked for and downloaded to")
     stack, budget = p.add_mutually_exclusive_group(), p.add_mutually_exclusive_group()
-    flag(stack, "--preset", None, "a stack by name: tiny, dit-4, dit-2, or one of the authors', "
-         "such as S-PG-64 (default: tiny)")
+    flag(stack, "--preset", "tiny", "a stack by name: tiny, dit-4, dit-2, or one of the authors', "
+         "such as S-PG-64", choices=PRESETS, metavar="NAME")
     flag(stack, "--bricks", None, "a stack of your own, region/patch x depth, such as "
-         "\"32/4x6 8/2x2\"; an @ and low:high in sigma give a brick a noise range, such as "
-         "\"32/4x6 16/2x4@:0.4\"")
+         "\"32/4x6 16/2x4@:0.4\"; an @ and low:high in sigma give a brick a noise range")
     flag(p, "--width", None, "width of the Transformer blocks (default: the preset's)", type=int)
     flag(p, "--heads", None, "attention heads (default: the preset's)", type=int)
     flag(p, "--size", 32, "height and width of the training images", type=int)
-    flag(p, "--objective", "edm", "edm, or ddpm for noise prediction", choices=list(OBJECTIVES))
+    flag(p, "--objective", "edm", "edm, or ddpm for noise prediction", choices=OBJECTIVES)
     flag(budget, "--steps", None, "budget in steps, those before --resume included", type=int)
     flag(budget, "--minutes", None, "budget in minutes, likewise (default: 10)", type=float)
     flag(p, "--batch", 32, "images a step, over all processes", type=int)
     flag(p, "--lr", 4e-3, "peak learning rate", type=float)
     flag(p, "--region-fraction", None, "share of its regions that a brick trains on in a step: one "
-         "number or one per brick, comma separated (default: 1 for the brick with the fewest tokens, "
-         "1 / sqrt(n) for one with n times as many)")
-    flag(p, "--brick-drop", "0.2", "chance that a brick's result for an image stays hidden from later "
-         "bricks, which so learn to do without it: one number or one per brick")
+         "number, or one per brick, comma separated (default: 1 / sqrt(n) for a brick with n times "
+         "the fewest tokens)")
+    flag(p, "--brick-drop", "0.2", "chance that a brick's result for an image stays hidden from "
+         "later bricks, which so learn to do without it: one number, or one per brick")
     flag(p, "--flip", None, "mirror images at random (default: yes, but for landscapes and "
          "fashion-mnist)", action=argparse.BooleanOptionalAction)
     flag(p, "--out", None, "folder of the run (default: runs/DATASET, numbered if taken)")
@@ -621,7 +623,8 @@ def read_flags(arguments=None):
     flag(p, "--compile", False, "compile the Transformer blocks", action="store_true")
     flag(p, "--seed", 0, "seed of everything random", type=int)
     flag(p, "--bench", False, "only measure the speed of a step", action="store_true")
-    s, state = p.parse_args(arguments), None
+    s = p.parse_args(arguments)
+    state = None
     if s.resume:
         state = read_checkpoint(path := Path(s.resume) / "checkpoint.pt")
         if "train" not in state or not isinstance(state["info"].get("settings"), dict):
@@ -632,56 +635,25 @@ def read_flags(arguments=None):
         s = p.parse_args(arguments, argparse.Namespace(**stored))
         for name, value in vars(s).items():
             if name not in FREE and value != stored[name]:
-                raise ValueError(f"--{name.replace('_', '-')} {value} contradicts the run to resume, "
-                                 f"which has {stored[name]}")
+                raise ValueError(f"--{name.replace('_', '-')} {value} contradicts the run to "
+                                 f"resume, which has {stored[name]}")
     if s.steps is None and s.minutes is None:
         s.minutes = 10.0
-    limits = dict(size=(1, 4096), steps=(1, 2 ** 32), minutes=(1e-9, 1e6), batch=(1, 65536),
-                  lr=(1e-9, 1), save_minutes=(0, 1e6), seed=(0, 2 ** 32 - 1))
-    check_limits(p, s, limits)
+    check_limits(p, s, dict(
+        size=(1, 4096), steps=(1, 2 ** 32), minutes=(1e-9, 1e6), batch=(1, 65536), lr=(1e-9, 1),
+        save_minutes=(0, 1e6), seed=(0, 2 ** 32 - 1)))
     return s, state
-
-
-def table(model, sigmas, skip=()):
-    """The stack in words. The share of FLOPs is that of a sampling walk whose evaluations are at
-    the noise levels `sigmas`."""
-    config, size = model.config, model.config.size
-    spent = [sum(each) for each in zip(*(model.flops(size, size, sigma=sigma) for sigma in sigmas))]
-    count = sum(p.numel() for p in model.parameters())
-    lines = [f"width {config.width}, {count / 1e6:.2f}M parameters, {sum(spent) / 1e9:.2f} GFLOPs for "
-             f"an image of {size}x{size} in {len(sigmas)} evaluations",
-             "brick  region  patch  depth  noise sigma  tokens  parameters  FLOPs"]
-    for k, (spec, brick) in enumerate(zip(config.bricks, model.bricks)):
-        count = sum(p.numel() for p in brick.parameters())
-        lines.append(f"{k:>5}  {spec.region:>6}  {spec.patch:>5}  {spec.depth:>5}  "
-                     f"{spec.noise_range:>11}  {spec.tokens:>6}  {count:>10}  "
-                     f"{spent[k] / sum(spent):>5.1%}" + "  skipped" * (k in skip))
-    return "\n".join(lines)
-
-
-def check_limits(parser, settings, limits):
-    """Leave with an error if a flag lies outside its (least, most)."""
-    for name, (least, most) in limits.items():
-        value = getattr(settings, name)
-        if value is not None and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} must lie between {least} and {most}, "
-                         f"found {value}")
 
 
 def make_config(s, data):
     """The LegoConfig that the flags ask for, for the images of `data`."""
-    if s.preset and s.preset not in PRESETS:
-        raise ValueError(f"unknown preset {s.preset!r}: take one of {', '.join(PRESETS)}")
-    config = PRESETS[s.preset or "tiny"]
-    changes = {}
+    classes = len(data.classes) if len(data.classes) > 1 else 0
+    config = replace(PRESETS[s.preset], channels=data.channels, classes=classes, size=s.size)
+    changes = dict(width=s.width, heads=s.heads)
     if s.bricks is not None:
         changes["bricks"] = LegoConfig.parse(s.bricks, width=4, heads=1).bricks
-    if s.width is not None:
-        changes["width"] = s.width
-    if s.heads is not None:
-        changes["heads"] = s.heads
-    classes = len(data.classes) if len(data.classes) > 1 else 0
-    return replace(config, channels=data.channels, classes=classes, size=s.size, **changes)
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(config, **given)
 
 
 def numbers(name, text, count, least, most):
@@ -926,40 +898,43 @@ def held_out_losses(model, diffusion, data, autocast, count=512):
     return {name: float(loss) for name, loss in columns.items()}
 
 
+@torch.no_grad()
 def useful_levels(model, diffusion, data, autocast, count=128, tolerance=0.005):
     """For every brick the range [low, high) of sigma, with None for an open end, in which it is
-    worth running, for `sample_tiny.py --skip auto`.
+    worth running, for `sample_tiny.py --skip auto`. Bricks are left out, the most costly one
+    first, at the low and the high end of their range, as long as this adds no more than
+    `tolerance` of the held-out loss at either end."""
+    device, K = next(model.parameters()).device, len(model.config.bricks)
+    x0, labels, sigma, noise = (part.to(device) for part in held_out_batch(data, count))
+    labels = labels if model.config.classes else None
+    s = sigma.sort()[0].view(-1, 1, 1, 1)
+    c_skip, c_out, c_in, c_noise = diffusion.coefficients(s)
+    edm_c_out = EDM().coefficients(s)[1]
+    x = x0 + s * noise
+    sigma = s.flatten().cpu()
 
-    It is measured by leaving bricks out, the most costly one first, at the low and the high end
-    of its range, as long as this adds no more than `tolerance` of the held-out loss to either."""
-    images, labels, sigma, noise = held_out_batch(data, count)
-    sigma, K = sigma.sort()[0], len(model.config.bricks)
-    works = model.config.active(sigma.log() / 4)                                 # (K, n)
+    def loss(runs):
+        """The loss (n,) if bricks run as `runs` (K, n) says, infinite where none does."""
+        bare = ~runs.any(0)
+        with autocast():
+            F = model(c_in * x, c_noise.flatten(), labels, rows=runs | bare)
+        error = (c_skip * x + c_out * F - x0) / edm_c_out
+        return error.square().mean((1, 2, 3)).cpu().masked_fill(bare, math.inf)
 
-    @lru_cache(maxsize=None)
-    def loss_without(skip):
-        """The loss (n,) of what is left of the stack, infinite where nothing is."""
-        loss = torch.full((len(images),), math.inf)
-        left = works[[k for k in range(K) if k not in skip]].any(0)
-        if left.any():
-            losses = losses_at(model, diffusion, images[left], labels[left], sigma[left],
-                               noise[left], autocast, skip)
-            loss[left] = last_brick(losses)
-        return loss
-
-    skips, levels = [frozenset()] * len(images), {}
-    allowed = tolerance * loss_without(frozenset()).sum()
+    runs = model.config.active(sigma.log() / 4)                                  # (K, n)
+    allowed, levels = tolerance * loss(runs).sum(), [None] * K
     borders = [None, *(sigma[1:] * sigma[:-1]).sqrt().tolist(), None]
     flops = model.flops(model.config.size, model.config.size)
     for k in sorted(range(K), key=lambda k: -flops[k]):
-        added = [loss_without(skip | {k})[i] - loss_without(skip)[i] for i, skip in enumerate(skips)]
-        added = torch.stack(added)                                               # (n,)
+        others = runs.clone()
+        others[k] = False
+        added = loss(others) - loss(runs)                                        # (n,)
         below, above = added.cumsum(0), added.flip(0).cumsum(0).flip(0)
         needed = ((below > allowed) & (above > allowed)).nonzero().flatten().tolist() or [0, -1]
         first, end = needed[0], needed[-1] + 1
-        skips = [skip if first <= i < end else skip | {k} for i, skip in enumerate(skips)]
+        runs[k, :first] = runs[k, end:] = False
         levels[k] = [borders[first], borders[end]] if end else [0.0, 0.0]
-    return [levels[k] for k in range(K)]
+    return levels
 
 
 # ---- The run -------------------------------------------------------------------------
