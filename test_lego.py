@@ -1004,6 +1004,7 @@ def test_training_learns_and_leaves_checkpoint_logs_and_picture(trained):
     columns, fresh = (train_tiny.held_out_losses(some, EDM(), data, nullcontext)
                       for some in (model, Lego(model.config)))
     assert columns["last"] == pytest.approx(held["last"], abs=2e-3)     # The run may be in bf16.
+    assert model.config.classes == 4 and model.info["classes"] == train_tiny.LANDSCAPES
     assert columns["last"] < .8 * fresh["last"] and columns["sigma5"] < fresh["sigma5"]
     state = read_checkpoint(trained)
     average, weights = state["weights"], state["train"]["weights"]
@@ -1084,6 +1085,18 @@ def test_a_batch_that_is_not_finite_changes_nothing(tmp_path):
     assert not any(tensor.requires_grad for tensor in trainer.averages)
     assert trainer.left_out == 1 and trainer.step == 3
     assert trainer.sums.isfinite().all() and trainer.sums[1, 0] == 16
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
+def test_muon_takes_the_steps_of_that_of_torch(shape):
+    ours, theirs = (torch.nn.Parameter(rand(*shape)) for _ in range(2))
+    reference = torch.optim.Muon([theirs], lr=.1, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    optimizers = train_tiny.Muon([ours], lr=.1), reference
+    for seed in range(3):
+        ours.grad = theirs.grad = rand(*shape, seed=seed)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).norm() < .3 * (theirs - rand(*shape)).norm()
 
 
 class HostFree(TorchDispatchMode):
