@@ -1162,14 +1162,14 @@ class Trainer:
         """Train until the budget is spent or a signal comes."""
         s, speaks, stopped = self.s, self.rank == 0, False
         saved = self.seconds
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(self, "stop", True))
         if speaks:
             bricks = [f"brick{k}" for k in range(len(self.config.bricks))]
             levels = ["quarter1", "quarter2", "quarter3", "quarter4", "sigma5", "sigma10", "sigma20"]
             out.mkdir(parents=True, exist_ok=True)
             self.open_log(out / "log.csv", ["loss", *bricks, "low", "middle", "high"])
             self.open_log(out / "held_out.csv", [*bricks, "last", *levels])
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(self, "stop", True))
         with tqdm(initial=self.step, total=s.steps, unit="step", disable=not speaks) as bar:
             while not stopped:
                 progress = self.step / s.steps if s.steps else self.seconds / (60 * s.minutes)
