@@ -973,6 +973,7 @@ def in_process(module, *flags, **settings):
 def start(*command, **settings):
     """Start a command line in a process of its own."""
     environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # which a shell's & would ignore
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen([sys.executable, *words(*command)], cwd=HERE, env=environment, **pipes,
                             **settings)
@@ -1031,7 +1032,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, kills):
         time.sleep(random.uniform(1.5, 5))          # it may be importing, training or saving
         process.send_signal([signal.SIGKILL, signal.SIGTERM, signal.SIGINT][kill % 3])
         try:
-            process.communicate(timeout=10)
+            process.communicate(timeout=30)
         except subprocess.TimeoutExpired:           # a Ctrl-C was lost while Python imported
             process.kill()
             process.communicate()
@@ -1051,7 +1052,8 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, kills):
     one, other = (re.sub(r",\d+\.\d,", ",", log) for log in logs)          # but for the seconds
     assert one == other
     held = np.genfromtxt(run / "held_out.csv", delimiter=",", names=True)["step"].tolist()
-    assert held == sorted(set(held)) and held[-1] == 150 * kills and not list(run.glob(".*"))
+    assert held == sorted(set(held)) and held[-1] == 150 * kills
+    assert not list(run.glob(".checkpoint*"))       # A picture that was being drawn may be left.
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
