@@ -458,7 +458,7 @@ class Lego(nn.Module):
         z, out = torch.zeros_like(x), []
         for k, brick in enumerate(self.bricks):
             here = rows[k]
-            if k in skip or not len(x[here]):
+            if k in skip or not len(c[here]):
                 continue
             z = z.detach() if self.config.detach else z
             new = z.clone()
@@ -557,11 +557,11 @@ def walk(x, levels, sampler, estimate, noise, first=0, churn=0.0):
         yield x
 
 
-def generator(*key, device="cpu"):
-    """A random generator for any key, such as (seed, image number). Torch looks at only 32 bits
-    of a seed, so the key is hashed into them, which keeps neighbours apart."""
+def generator(*key):
+    """A random generator on the CPU for any key, such as (seed, image number). Torch looks at
+    only 32 bits of a seed, so the key is hashed into them, which keeps neighbours apart."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def normal(shape, generator, device):
@@ -643,10 +643,10 @@ class Diffusion:
             rows = self.rows(config, n, shard)
             sigma = self.sigma_at((torch.arange(rank, n, world, device=device) + draw()) / n)
             order = draw().argsort() if shuffle else order
+            if skip:                            # a ValueError if some level has no brick left
+                config.active(sigma.cpu().log() / 4, skip)
         else:
             rows = config.active(sigma.cpu().log() / 4, skip)
-        if skip:                                # a ValueError if it leaves a level without a brick
-            config.active(sigma.cpu().log() / 4, skip)
         x0 = x0[order]
         labels = None if labels is None else labels[order]
         noise = draw(C, H, W, law=torch.randn) if noise is None else noise[order]
@@ -668,7 +668,7 @@ class Diffusion:
         # Compare with what F should have been.
         target = (x0 - c_skip * x) / c_out
         losses, total, last = x0.new_full((B, K), torch.nan), 0.0, x0.new_zeros(B)
-        ran = [k for k in range(K) if k not in skip and len(x[rows[k]])]
+        ran = [k for k in range(K) if k not in skip and len(sigma[rows[k]])]
         for k, F in zip(ran, out, strict=True):
             error = (F - target)[rows[k]].square() * weights[k]
             error = error.mean((1, 2, 3))

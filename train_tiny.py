@@ -686,9 +686,9 @@ POLYNOMIALS = [(8.0934, -23.6204, 17.4462), (3.6366, -2.7219, .5365), (2.6613, -
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): torch.optim.Muon with steps of the size of AdamW's (a test compares
-    them). All matrices of one shape are orthogonalised in one batch, which takes a third of
-    the time on 2 CPU cores."""
+    """Muon (Jordan et al. 2024): torch.optim.Muon with steps of the size of AdamW's (a test
+    compares them). All matrices of one shape are orthogonalised in one batch, which takes a third
+    of the time on 2 CPU cores."""
 
     def __init__(self, parameters, lr, momentum=0.95):
         super().__init__(parameters, dict(lr=lr, momentum=momentum))
@@ -776,8 +776,7 @@ class Stream:
     """The batches of training, where the host is fast enough to send each to the device."""
 
     def __init__(self, data, s, device, rank=0, world=1, step=0):
-        flip = data.flip if s.flip is None else s.flip
-        draw = partial(data.batch, s.seed, count=s.batch, rank=rank, world=world, flip=flip)
+        draw = partial(data.batch, s.seed, count=s.batch, rank=rank, world=world, flip=data.flip)
         self.device, self.source = device, drawn_ahead(draw, step, device)
 
     def renew(self, step):
@@ -798,15 +797,12 @@ class Pool:
 
     def __init__(self, data, s, device, rank=0, world=1, step=0, scenes=8192, every=4):
         self.size, self.device, self.part = s.batch, device, slice(rank, None, world)
-        self.flip, self.every = data.flip if s.flip is None else s.flip, every
-        self.source = None
-        if data.draw:
-            blocks, shape = math.ceil(scenes / s.batch), (s.size, s.size, data.channels)
-            images = torch.zeros(blocks * s.batch, *shape, dtype=torch.uint8)
-            labels = torch.zeros(len(images), dtype=torch.long)
-        else:
-            images, labels = map(torch.tensor, data.train)
-        self.images, self.labels = images.to(device), labels.long().to(device)
+        self.flip, self.every, self.source = data.flip, every, None
+        blocks = math.ceil(scenes / s.batch)
+        empty = np.zeros((blocks * s.batch, s.size, s.size, data.channels), np.uint8)
+        images, labels = data.train or (empty, np.zeros(len(empty)))
+        self.images = torch.tensor(images, device=device)
+        self.labels = torch.tensor(labels, dtype=torch.long, device=device)
         if data.draw:
             draw = partial(self.draw, data.draw, s)
             self.source = drawn_ahead(draw, math.ceil(step / every), device)
@@ -844,7 +840,7 @@ class Pool:
         return x0, self.labels[chosen]
 
 
-# ---- Held-out images# ---- Held-out images# ---- Held-out images -----------------------------------------------------------------
+# ---- Held-out images -----------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -893,7 +889,8 @@ def held_out_losses(model, diffusion, data, autocast, count=512):
     some = slice(128)
     for level in (5.0, 10.0, 20.0):
         sigma = torch.full((len(images[some]),), level)
-        losses = losses_at(model, diffusion, images[some], labels[some], sigma, noise[some], autocast)
+        losses = losses_at(
+            model, diffusion, images[some], labels[some], sigma, noise[some], autocast)
         columns[f"sigma{level:g}"] = last_brick(losses).mean()
     return {name: float(loss) for name, loss in columns.items()}
 
@@ -922,17 +919,20 @@ def useful_levels(model, diffusion, data, autocast, count=128, tolerance=0.005):
         return error.square().mean((1, 2, 3)).cpu().masked_fill(bare, math.inf)
 
     runs = model.config.active(sigma.log() / 4)                                  # (K, n)
-    allowed, levels = tolerance * loss(runs).sum(), [None] * K
+    now = loss(runs)                                                             # (n,)
+    allowed, levels = tolerance * now.sum(), [None] * K
     borders = [None, *(sigma[1:] * sigma[:-1]).sqrt().tolist(), None]
     flops = model.flops(model.config.size, model.config.size)
     for k in sorted(range(K), key=lambda k: -flops[k]):
         others = runs.clone()
         others[k] = False
-        added = loss(others) - loss(runs)                                        # (n,)
+        then = loss(others)
+        added = then - now
         below, above = added.cumsum(0), added.flip(0).cumsum(0).flip(0)
         needed = ((below > allowed) & (above > allowed)).nonzero().flatten().tolist() or [0, -1]
         first, end = needed[0], needed[-1] + 1
         runs[k, :first] = runs[k, end:] = False
+        now[:first], now[end:] = then[:first], then[end:]
         levels[k] = [borders[first], borders[end]] if end else [0.0, 0.0]
     return levels
 
@@ -978,11 +978,11 @@ class Trainer:
     """A run: network, weight average, optimizers and counters, made from the settings `s` and the
     checkpoint `state` to resume, for process `rank` of `world`."""
 
-    def __init__(self, s, state=None, rank=0, world=1, block=Block, config=None):
+    def __init__(self, s, state=None, rank=0, world=1, block=Block, config=None, data=None):
         self.s, self.rank, self.world = s, rank, world
         self.device = pick_device(s.device)
         self.autocast = pick_precision(s.precision, self.device)
-        self.data = self.load_data()
+        self.data = data or self.load_data()
         self.diffusion = OBJECTIVES[s.objective]()
         self.config = state["config"] if state else config or make_config(s, self.data)
         self.diffusion.rows(self.config, s.batch)       # a ValueError if a brick gets no images
@@ -1001,7 +1001,7 @@ class Trainer:
         self.averages = list(self.average.parameters())
         # What the host sets before a step and what a step leaves for it are tensors on the device.
         self.rate, self.blend, self.found_inf, self.left_out = torch.zeros(4, device=self.device)
-        self.sums = torch.zeros(2, K + 4, device=self.device)   # and counts, since the last log line
+        self.sums = torch.zeros(2, K + 4, device=self.device)   # and counts since a log line
         self.optimizers = make_optimizers(self.model, self.rate)
         self.step, self.saved_step, self.seconds = 0, 0, 0.0
         thirds = self.diffusion.sigma_at(torch.tensor([1 / 3, 2 / 3]))
@@ -1012,10 +1012,11 @@ class Trainer:
             compile_blocks(self.model)
         for optimizer in self.optimizers:
             optimizer.found_inf = self.found_inf
-            for group in optimizer.param_groups:
+            for group in optimizer.param_groups:            # A restored one has its own tensor.
                 group["lr"] = self.rate
         on_gpu = self.device.type == "cuda"
-        self.source = (Pool if on_gpu else Stream)(self.data, s, self.device, rank, world, self.step)
+        source = Pool if on_gpu else Stream
+        self.source = source(self.data, s, self.device, rank, world, self.step)
         self.graph = captured(self.compute) if on_gpu else None
         self.began = time.perf_counter() - self.seconds
         self.stop = False           # whether a signal asked for it
@@ -1028,6 +1029,8 @@ class Trainer:
         data = load_data(self.s.dataset, self.s.data_dir, self.s.size)
         if self.world > 1 and first:
             dist.barrier()
+        if self.s.flip is not None:
+            data.flip = self.s.flip
         return data
 
     def restore(self, state, block):
@@ -1146,7 +1149,7 @@ class Trainer:
                     settings=vars(self.s), left_out=int(self.left_out))
         if last:
             info["useful"] = useful_levels(*measured)
-        if self.step > self.saved_step:     # first, since lines beyond a checkpoint are cut off later
+        if self.step > self.saved_step:     # Lines beyond a checkpoint are cut off later.
             self.log(out / "held_out.csv", columns.values())
         self.saved_step = self.step
         save_checkpoint(out / "checkpoint.pt", self.model, self.average.state_dict(), train=dict(
@@ -1155,8 +1158,8 @@ class Trainer:
         sheet = sheet_of_samples(self.average, self.diffusion, self.autocast)
         save_picture(sheet, out / f"samples-{self.step:07d}.png")
         bricks = ", ".join(f"{columns[f'brick{k}']:.4f}" for k in range(len(self.config.bricks)))
-        tqdm.write(f"step {self.step}, {self.seconds / 60:.1f} min: held-out loss {columns['last']:.4f}; "
-                   f"each brick in its range {bricks}")
+        tqdm.write(f"step {self.step}, {self.seconds / 60:.1f} min: held-out loss "
+                   f"{columns['last']:.4f}; each brick in its range {bricks}")
 
     def fit(self, out):
         """Train until the budget is spent or a signal comes."""
@@ -1166,8 +1169,10 @@ class Trainer:
             signal.signal(number, lambda *_: setattr(self, "stop", True))
         if speaks:
             bricks = [f"brick{k}" for k in range(len(self.config.bricks))]
-            levels = ["quarter1", "quarter2", "quarter3", "quarter4", "sigma5", "sigma10", "sigma20"]
+            levels = [f"quarter{i}" for i in (1, 2, 3, 4)] + ["sigma5", "sigma10", "sigma20"]
             out.mkdir(parents=True, exist_ok=True)
+            for part in out.glob(".*.part"):                # A kill may have left it.
+                part.unlink()
             self.open_log(out / "log.csv", ["loss", *bricks, "low", "middle", "high"])
             self.open_log(out / "held_out.csv", [*bricks, "last", *levels])
         with tqdm(initial=self.step, total=s.steps, unit="step", disable=not speaks) as bar:
@@ -1199,7 +1204,7 @@ class Trainer:
         print(f"{'stopped' if stopped else 'done'} at step {self.step} after {self.seconds:.0f} s, "
               f"{rate:.0f} images/s, peak memory {peak_memory(self.device):.0f} MB")
         if self.left_out:
-            print(f"{int(self.left_out)} steps had gradients that were not finite and were left out")
+            print(f"{int(self.left_out)} steps had gradients that were not finite: left out")
         print(f"go on with: python train_tiny.py --resume {out}" if stopped else
               f"sample with: python sample_tiny.py --ckpt {out / 'checkpoint.pt'}")
 
@@ -1214,13 +1219,15 @@ def bench(trainer, rounds=20):
 
     def case(config=config, **changes):
         settings = argparse.Namespace(**vars(s) | dict(precision="bf16") | changes)
-        return Trainer(settings, None, trainer.rank, trainer.world, trainer.model.block, config)
+        return Trainer(settings, None, trainer.rank, trainer.world, trainer.model.block, config,
+                       trainer.data)
 
     cases = {
         "as trained, bf16": case(),
         "as trained, fp32": case(precision="fp32"),
         "all regions, bf16": case(region_fraction="1"),
-        "all regions and noise levels, bf16": case(replace(config, bricks=bricks), region_fraction="1"),
+        "all regions and noise levels, bf16": case(
+            replace(config, bricks=bricks), region_fraction="1"),
         "the same, released network, fp32": case(
             replace(config, bricks=bricks, **released), region_fraction="1", precision="fp32")}
     if device.type == "cuda":
@@ -1240,8 +1247,8 @@ def bench(trainer, rounds=20):
             square = squares[cases[name].s.precision]
             product = min(timed(lambda: square @ square, device) for _ in range(3))
             times[name].append((step, 2 * 2048 ** 3 / product))
-    print(f"\na step of {s.batch} images in ms, median (10% to 90%) of {rounds}, cases in random turns; "
-          f"share of the speed of a matrix product of 2048^3\n"
+    print(f"\na step of {s.batch} images in ms, median (10% to 90%) of {rounds}, cases in random "
+          f"turns; share of the speed of a matrix product of 2048^3\n"
           f"{'case':<37}{'ms':<25}images/s   GFLOPs   GFLOP/s   share")
     for name, rows in times.items():
         step, peak = np.array(rows[4:]).T
@@ -1252,8 +1259,8 @@ def bench(trainer, rounds=20):
               f"{np.median(speed) / 1e9:>10.0f}{np.median(speed / peak):>8.1%}")
     first = cases["as trained, bf16"]
     update = np.median([timed(first.update, device) for _ in range(rounds)])
-    print(f"of it, optimizers and average take {1000 * update:.1f} ms; peak memory of all cases together "
-          f"{peak_memory(device):.0f} MB")
+    print(f"of it, optimizers and average take {1000 * update:.1f} ms; peak memory of all cases "
+          f"together {peak_memory(device):.0f} MB")
     for each in cases.values():
         each.source = None                  # This ends the workers.
 
@@ -1264,8 +1271,8 @@ def main(arguments=None, block=Block):
     s, state = read_flags(arguments)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if s.batch % world:
-        raise ValueError(f"--batch {s.batch} cannot be shared by {world} processes: take a multiple "
-                         f"of {world}")
+        raise ValueError(f"--batch {s.batch} cannot be shared by {world} processes: take a "
+                         f"multiple of {world}")
     if world > 1 and s.device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # what "cuda" now means
     if rank:
@@ -1277,8 +1284,8 @@ def main(arguments=None, block=Block):
             number += 1
             s.out = f"runs/{name}-{number}"
     if not state and Path(s.out, "checkpoint.pt").exists():
-        raise ValueError(f"{s.out} holds a run already: continue it with --resume {s.out}, or choose "
-                         f"another --out")
+        raise ValueError(f"{s.out} holds a run already: continue it with --resume {s.out}, or "
+                         f"choose another --out")
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     trainer = Trainer(s, state, rank, world, block)
@@ -1289,8 +1296,8 @@ def main(arguments=None, block=Block):
     try:
         bench(trainer) if s.bench else trainer.fit(Path(s.out))
     except OSError as error:
-        raise ValueError(f"cannot write to {s.out} ({error}). A checkpoint saved before is whole: make "
-                         f"room and go on with --resume {s.out}") from error
+        raise ValueError(f"cannot write to {s.out} ({error}). A checkpoint saved before is whole: "
+                         f"make room and go on with --resume {s.out}") from error
     finally:
         trainer.source = None                   # This ends the workers.
     if world > 1:
