@@ -13,6 +13,7 @@ import os
 import re
 import time
 import zipfile
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # see train_tiny.py
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from lego import OBJECTIVES, SAMPLERS, Block, generator, load_checkpoint, write_aside
@@ -49,8 +52,8 @@ def read_flags(arguments=None):
     flag(p, "--guidance", 1.0, "scale of classifier-free guidance; 1 is off", type=float)
     flag(p, "--label", None, "class name or index, or none (default: every class in turn)")
     flag(p, "--seed", 0, "seed; image i of a seed is always the same", type=int)
-    flag(p, "--out", "runs/samples.png", "FILE.png (one sheet), FILE.npz (arr_0, uint8 NHWC) or a "
-         "folder of PNG files")
+    flag(p, "--out", "runs/samples.png", "FILE.png (one sheet), FILE.gif (that sheet as it forms, "
+         "and which bricks run), FILE.npz (arr_0, uint8 NHWC) or a folder of PNG files")
     other = p.add_mutually_exclusive_group()
     flag(other, "--stages", False, "instead show how one image forms: the noisy image in the first "
          "row and the estimate of every brick below, white where it does not run",
@@ -209,10 +212,10 @@ class Sampler:
             return self.diffusion.sample(self.model, shape, self.labels(numbers),
                                          generator=generators, **self.settings | settings)
 
-    def batches(self, n):
+    def batches(self, n, **settings):
         """uint8 images (b, H, W, C), a batch at a time, n in all."""
         for start in tqdm(range(0, n, self.batch), unit="batch"):
-            yield to_bytes(self.images(range(start, min(n, start + self.batch))))
+            yield to_bytes(self.images(range(start, min(n, start + self.batch)), **settings))
 
 
 def write_npz(batches, shape, file):
@@ -225,17 +228,73 @@ def write_npz(batches, shape, file):
             member.write(images.tobytes())
 
 
+def film(sampler, n):
+    """Yield for every step what n images look like before it, uint8 (n, H, W, C), and the set of
+    the bricks that run in it. Last come the images themselves, for which none runs."""
+    (H, W), seen, ran, steps = sampler.size, [], set(), defaultdict(list)
+    for k, brick in enumerate(sampler.model.bricks):
+        brick.register_forward_hook(lambda *_, k=k: ran.add(k))
+
+    def watch(x0, x, sigma):
+        seen.append(x * .5 / math.hypot(.5, sigma))
+        return x0
+
+    def end_step(done, *_):
+        x = seen[0]                                         # that of the first evaluation
+        w = max(1, round(W * x.shape[2] / H))               # the middle that will be kept
+        x = x[..., (x.shape[3] - w) // 2:][..., :w]
+        x = to_bytes(interpolate(x, (H, W), mode="nearest-exact"))
+        steps[done].append((x, set(ran)))
+        seen.clear()
+        ran.clear()
+
+    images = list(sampler.batches(n, guide=watch, callback=end_step))
+    for batches in [*steps.values(), [(x, set()) for x in images]]:
+        parts, runs = zip(*batches)
+        yield np.concatenate(parts), runs[0]
+
+
+def write_gif(film, columns, bricks, file):
+    """A sheet for every step of a film, over a strip with the names of the bricks, yellow where
+    they run."""
+    frames = []
+    for images, runs in film:
+        sheet = picture(images, columns, enlarge=False).convert("RGB")
+        sheet = ImageOps.scale(sheet, max(1, round(512 / max(sheet.size))), Image.NEAREST)
+        width = max(sheet.width, 56 * len(bricks))          # room for the names
+        sheet = ImageOps.expand(sheet, (0, 0, width - sheet.width, 21), "white")
+        draw = ImageDraw.Draw(sheet)
+        for k, spec in enumerate(bricks):
+            left, right = (i * (width + 2) // len(bricks) for i in (k, k + 1))
+            fill, ink = ("gold", "black") if k in runs else ("gainsboro", "gray")
+            draw.rectangle((left, sheet.height - 18, right - 3, sheet.height - 1), fill)
+            name = str(spec).partition("@")[0]
+            middle = (left + right - 2 - draw.textlength(name)) / 2
+            draw.text((middle, sheet.height - 15), name, ink)
+        # Of Pillow's ways to 256 colours this is the nearest. Dithering made noise of its own.
+        frames.append(sheet.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1000))
+    first, *rest = frames
+    times = [max(40, 3000 // len(rest))] * len(rest) + [2000]           # in ms
+    first.save(file, format="gif", save_all=True, append_images=rest, duration=times, loop=0)
+
+
 def write_samples(sampler, n, out):
-    """Write n images to a .npz file, a sheet or a folder. ValueError if a sheet is too large."""
+    """Write n images to a .npz file, a sheet, still or moving, or a folder. ValueError if a sheet
+    is too large."""
     config, (height, width), batches = sampler.model.config, sampler.size, sampler.batches(n)
     if out.suffix == ".npz":
         write_aside(out, partial(write_npz, batches, (n, height, width, config.channels)))
-    elif out.suffix == ".png":
-        if n * height * width > LARGEST_SHEET:
+    elif out.suffix in (".png", ".gif"):
+        columns = min(n, max(1, round(sheet_columns(config.classes) * height / width)))
+        gif, sides = out.suffix == ".gif", (columns * width, math.ceil(n / columns) * height)
+        pixels = n * height * width * (sampler.settings["steps"] if gif else 1)
+        if pixels > LARGEST_SHEET or gif and max(sides) > 1 << 15:      # a GIF ends below 1 << 16
             raise ValueError(f"{n} images of {height}x{width} are too much for one picture: name a "
                              f"folder")
-        columns = max(1, round(sheet_columns(config.classes) * height / width))
-        save_picture(picture(np.concatenate(list(batches)), min(n, columns)), out)
+        if gif:
+            write_aside(out, partial(write_gif, film(sampler, n), columns, config.bricks))
+        else:
+            save_picture(picture(np.concatenate(list(batches)), columns), out)
     else:
         for i, image in enumerate(itertools.chain.from_iterable(batches)):
             save_picture(picture(image[None], 1, enlarge=False), out / f"{i:06d}.png")
@@ -316,8 +375,8 @@ def main(arguments=None, block=Block):
     the blocks, for a checkpoint that was trained with your own."""
     a = read_flags(arguments)
     out = Path(a.out)
-    if out.suffix not in ("", ".png", ".npz"):
-        raise ValueError(f"--out {out}: name a FILE.png, a FILE.npz or a folder")
+    if out.suffix not in ("", ".png", ".gif", ".npz"):
+        raise ValueError(f"--out {out}: name a FILE.png, FILE.gif, FILE.npz or a folder")
     sampler = Sampler(a, block)
     if a.bench:
         return bench(sampler)

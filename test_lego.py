@@ -1255,6 +1255,35 @@ def test_samples_do_not_depend_on_batch_or_container(trained, tmp_path):
     assert Image.open(tmp_path / "sheet.png").size == (4 * (5 * 41 - 1), 4 * 24)
 
 
+@pytest.mark.parametrize("objective, channels, size", [("edm", 3, "24x40"), ("ddpm", 1, "16")])
+def test_a_gif_shows_pictures_form_and_which_bricks_run(tmp_path, objective, channels, size):
+    model, diffusion = filled(replace(RANGED, channels=channels)), lego.OBJECTIVES[objective]()
+    model.info = dict(objective=objective)
+    save_checkpoint(tmp_path / "c.pt", model)
+    flags = f"--n 5 --batch 3 --steps 6 --size {size} --skip '1@0-.5;0@.5-1' --out"
+    for name in ("s.gif", "s.png"):
+        assert in_process(sample_tiny, "--ckpt", tmp_path / "c.pt", flags, tmp_path / name) == 0
+    gif, png = Image.open(tmp_path / "s.gif"), Image.open(tmp_path / "s.png").convert("RGB")
+    (H, W), times = ((24, 40), 3) if size == "24x40" else ((16, 16), 6)
+    assert gif.size == (times * (5 * (W + 1) - 1), times * H + 21) and gif.info["loop"] == 0
+    runs, lit, frames = [], [], []
+    for i in range(6):
+        sigmas = [sigma for step, sigma in diffusion.evaluations(6) if step == i]
+        each = [model.config.running(sigma, {1} if i < 3 else {0}) for sigma in sigmas]
+        runs.append(sorted(set().union(*each)))
+    if size == "24x40":                                         # an enlarged canvas goes on
+        runs += [runs[i] for i in range(6) if diffusion.levels(6)[i] <= lego.REFINE]
+    for i in range(gif.n_frames):
+        gif.seek(i)
+        frames.append(np.asarray(gif.convert("RGB")).astype(int))
+        cells = [frames[i][-3, k * (gif.width + 2) // 3 + 3] for k in range(3)]
+        lit.append([k for k, (red, _, blue) in enumerate(cells) if red - blue > 99])
+    assert lit == runs + [[]] and [0] in lit and [1, 2] in lit and gif.info["duration"] == 2000
+    images = np.asarray(png)[::96 // H, ::96 // H]              # 256 colours come near to them
+    away = [np.abs(frame[:times * H:times, ::times] - images).mean() for frame in frames]
+    assert away[-1] < 12 and away[5] < 50 < away[0]            # 5 ends the first canvas
+
+
 def test_sampling_says_what_it_does_and_costs_what_it_says(trained, tmp_path, capsys):
     model, sample = load_checkpoint(trained), partial(in_process, sample_tiny, "--ckpt", trained)
     walk, cost = visited(EDM(), 5), walk_flops(model, (1,), 5)
@@ -1361,8 +1390,9 @@ BAD_SAMPLING = named(
     "--skip 0,1": "keep some of [0, 1]", "--skip '0,1@.5-1'": "no brick is left from sigma 0.",
     "--skip '0@0-1;2@.5-1'": "no brick is left from sigma 0.", "--label dragon": "dragon",
     "--ckpt README.md": "not a LEGO", "--ckpt nowhere.pt": "nowhere.pt", "--out x.bmp": "x.bmp",
-    "--out README.md/s.png": "README.md", "--stages --bench": "not allowed with",
-    "--stages --size 8": "take --size 16", "--sampler dpm2m --churn 1": "churn is for EDM"}
+    "--size 1024 --out x.gif": "name a folder", "--out README.md/s.png": "README.md",
+    "--stages --bench": "not allowed with", "--stages --size 8": "take --size 16",
+    "--sampler dpm2m --churn 1": "churn is for EDM"}
 BAD_MEASURING = {
     "": "COMMAND", "weigh": "invalid choice", "distances --n 0": "--n must lie",
     "distances --size 40x4": "40x4", "distances --label 1": "--label",
