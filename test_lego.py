@@ -1464,6 +1464,28 @@ def test_distances_tell_at_which_scale_images_differ_and_see_a_shared_error_of_c
     assert max(level.abs().max() for level in flat[:2]) < 1e-6
 
 
+def test_the_frechet_distance_is_that_of_two_normal_distributions():
+    a = torch.randn(500, 4, generator=generator("frechet")) @ torch.randn(4, 4)
+    scale = torch.tensor(3.0)
+    expected = (2 * a.mean(0) + 1).square().sum() + (scale - 1) ** 2 * a.T.cov().trace()
+    assert measure.frechet(a, scale * a + 1) == pytest.approx(float(expected), rel=1e-4)
+    assert measure.frechet(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_classifier_learns_to_tell_what_classes_look_like(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "CLASSIFIER", tmp_path / "classifier.pt")
+    for k, name in enumerate(train_tiny.CIFAR10):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(30):
+            colour = (255 * (k % 3 // 2), 255 * (k % 2), 25 * k)
+            Image.new("RGB", (32, 32), colour).save(tmp_path / "data" / name / f"{i}.png")
+    measure.main(words("classifier --epochs 8 --dataset", tmp_path / "data"))
+    assert float(re.search(r"([\d.]+)% of 30", capsys.readouterr().out)[1]) >= 80
+    data = train_tiny.load_data(str(tmp_path / "data"), "", 32)
+    assert measure.seen(*data.held_out)[0].shape == (30, 128)
+    refuses("classes of CIFAR-10", measure.main, words("classifier --dataset landscapes"))
+
+
 @pytest.mark.parametrize("axis", [1, 2])
 def test_seam_ratio_is_that_of_differences_across_borders(axis):
     place = np.uint8(np.arange(32).reshape(-1, *[1] * (3 - axis)))

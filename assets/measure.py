@@ -3,6 +3,7 @@
 python assets/measure.py distances   how far samples are from the images of a data set
 python assets/measure.py subsets     what the loss becomes without some of the bricks
 python assets/measure.py canvas      other ways to sample a canvas, to compare ours with
+python assets/measure.py classifier  train the classifier whose features FD-CIFAR compares
 
 Each has a --help, and takes the flags of sample_tiny.py besides its own.
 
@@ -18,15 +19,16 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
+from torch import nn
+from torch.nn.functional import cross_entropy, interpolate, pad
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lego
 import sample_tiny
 from sample_tiny import covering_subsets
-from train_tiny import (Parser, command, flag, held_out_batch, last_brick, load_data, losses_at,
-                        to_float)
+from train_tiny import (CIFAR10, Parser, command, flag, held_out_batch, last_brick, load_data,
+                        losses_at, to_float)
 
 # ---- Distances between samples and images --------------------------------------------
 
@@ -86,6 +88,73 @@ def seam_ratio(images, true, region, axis):
     return ratios[0] / ratios[1]
 
 
+CLASSIFIER = Path(__file__).with_name("classifier.pt")
+
+
+def small_classifier():
+    """A convolutional network from images (B, 3, H, W) in [-1, 1] to the ten classes of CIFAR-10.
+    Its last layer sees 128 features."""
+    layers, channels = [], 3
+    for width, shrink in [(32, 2), (64, 1), (96, 2), (128, 1), (128, 2), (128, 1)]:
+        conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        layers += [conv, nn.BatchNorm2d(width), nn.GELU(), nn.MaxPool2d(shrink)]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+
+def train_classifier(a, rest):
+    """Train the classifier whose features FD-CIFAR compares, on the training images of CIFAR-10,
+    and write it to assets/classifier.pt."""
+    if rest:
+        raise ValueError(f"classifier does not know {rest[0]}")
+    data, random = load_data(a.dataset, a.data_dir, 32), lego.generator("classifier")
+    if data.classes != CIFAR10:
+        raise ValueError(f"{a.dataset} has not the classes of CIFAR-10: take --dataset cifar10")
+    images, labels = (torch.from_numpy(part) for part in data.train)
+    torch.manual_seed(0)
+    network = small_classifier()
+    steps = a.epochs * (len(images) // 128)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps, pct_start=0.2)
+    for step in tqdm(range(steps)):
+        chosen = torch.randint(len(images), (128,), generator=random)
+        x = to_float(images[chosen].numpy())
+        flipped = torch.rand(128, 1, 1, 1, generator=random) < 0.5
+        x = torch.where(flipped, x.flip(3), x)
+        down, across = torch.randint(5, (2,), generator=random).tolist()
+        x = pad(x, (2, 2, 2, 2), mode="reflect")[..., down:down + 32, across:across + 32]
+        loss = cross_entropy(network(x), labels[chosen].long(), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    state = {name: value.half() for name, value in network.state_dict().items()}
+    lego.write_aside(CLASSIFIER, lambda file: torch.save(state, file))
+    images, labels = data.held_out
+    print(f"{seen(images, labels)[1]:.1%} of {len(images)} held-out images are recognised")
+
+
+@torch.no_grad()
+def seen(images, labels):
+    """The classifier's features (n, 128) of uint8 images, and the share whose class it tells."""
+    network = small_classifier()
+    network.load_state_dict(torch.load(CLASSIFIER, weights_only=True))
+    network.eval()
+    parts = np.array_split(images, math.ceil(len(images) / 500))
+    features = torch.cat([network[:-1](to_float(part)) for part in parts])
+    return features, float((network[-1](features).argmax(1).numpy() == labels).mean())
+
+
+def frechet(a, b):
+    """The Frechet distance of two sets of features (n, D), each taken as normally distributed."""
+    a, b = a.double(), b.double()
+    values, vectors = torch.linalg.eigh(a.T.cov())
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T              # of the covariance of a
+    both = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
+    spread = a.T.cov().trace() + b.T.cov().trace() - 2 * both
+    return float((a.mean(0) - b.mean(0)).square().sum() + spread)
+
+
 def matching_data(a, model):
     """The data set of the flags; ValueError if the model was trained on another kind."""
     data = load_data(a.dataset, a.data_dir, model.config.size)
@@ -122,11 +191,16 @@ def print_distances(a, rest):
         raise ValueError(f"--size {flags.size}: patches of 7x7 pixels are compared")
     (true, labels), (other, other_labels) = two_sets(data, flags.n, size)
     images = np.concatenate(list(sampler.batches(len(true))))
+    asked = np.arange(len(images)) % len(data.classes)
     print(f"\n{len(true)} samples and images: distance x 1000 at every level of the pyramid")
     for level, pair in enumerate(zip(distances(images, true), distances(other, true))):
         print("{:>4} pixels high  {:>6.1f} ({:.1f})".format(size[0] >> level, *pair))
+    if data.classes == CIFAR10:
+        (ours, told), (floor, _), (goal, most) = (
+            seen(*pair) for pair in ((images, asked), (other, other_labels), (true, labels)))
+        print(f"FD-CIFAR  {frechet(ours, goal):.2f} ({frechet(floor, goal):.2f}); the class is "
+              f"recognised in {told:.1%} ({most:.1%})")
     print("mean of each channel, then standard deviation, minus those of the images, in 255ths")
-    asked = np.arange(len(images)) % len(data.classes)
     for k, name in enumerate(data.classes):
         chosen = images[asked == k], other[other_labels == k], true[labels == k]
         if all(map(len, chosen)):
@@ -225,7 +299,8 @@ def main(arguments=None):
     p = Parser(description="Measure what the project claims.")
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     also = "The flags of sample_tiny.py are known as well."
-    runs = dict(distances=print_distances, subsets=print_subsets, canvas=sample_canvas)
+    runs = dict(distances=print_distances, subsets=print_subsets, canvas=sample_canvas,
+                classifier=train_classifier)
     for name, run in runs.items():
         each = commands.add_parser(name, help=run.__doc__, description=run.__doc__, epilog=also)
         each.set_defaults(run=run)
@@ -234,10 +309,13 @@ def main(arguments=None):
                  "stretched over the canvas, as in the released code; one: likewise, but with "
                  "image-level regions as large as the canvas", choices=["ours", "tiled", "one"])
         else:
-            flag(each, "--dataset", "landscapes", "as train_tiny.py names it")
+            usual = "cifar10" if name == "classifier" else "landscapes"
+            flag(each, "--dataset", usual, "as train_tiny.py names it")
             flag(each, "--data-dir", "data", "where data sets are looked for and downloaded to")
         if name == "subsets":
             flag(each, "--count", 512, "held-out images", type=int)
+        if name == "classifier":
+            flag(each, "--epochs", 10, "how often every training image is seen", type=int)
     a, rest = p.parse_known_args(arguments)
     a.run(a, rest)
 
