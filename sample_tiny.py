@@ -228,6 +228,11 @@ def write_npz(batches, shape, file):
             member.write(images.tobytes())
 
 
+def unit_scale(x, sigma):
+    """The noisy image x of level sigma in the range of clean images, to be looked at."""
+    return x * .5 / math.hypot(.5, sigma)
+
+
 def film(sampler, n):
     """Yield for every step what n images look like before it, uint8 (n, H, W, C), and the set of
     the bricks that run in it. Last come the images themselves, for which none runs."""
@@ -236,7 +241,7 @@ def film(sampler, n):
         brick.register_forward_hook(lambda *_, k=k: ran.add(k))
 
     def watch(x0, x, sigma):
-        seen.append(x * .5 / math.hypot(.5, sigma))
+        seen.append(unit_scale(x, sigma))
         return x0
 
     def end_step(done, *_):
@@ -328,7 +333,7 @@ def stages(sampler, columns=9):
         cells = [torch.ones_like(x)] * len(model.bricks)
         for k, estimate in zip(model.config.running(sigma, sampler.skips[i]), every):
             cells[k] = estimate
-        tiles.append(torch.cat([x * .5 / math.hypot(.5, sigma), *cells]))    # (1 + K, C, H, W)
+        tiles.append(torch.cat([unit_scale(x, sigma), *cells]))              # (1 + K, C, H, W)
     return picture(to_bytes(torch.stack(tiles, 1).flatten(0, 1)), columns)
 
 

@@ -1171,7 +1171,7 @@ class Trainer:
             bricks = [f"brick{k}" for k in range(len(self.config.bricks))]
             levels = [f"quarter{i}" for i in (1, 2, 3, 4)] + ["sigma5", "sigma10", "sigma20"]
             out.mkdir(parents=True, exist_ok=True)
-            for part in out.glob(".*.part"):                # A kill may have left it.
+            for part in out.glob(".samples-*.part"):        # A kill may have left it.
                 part.unlink()
             self.open_log(out / "log.csv", ["loss", *bricks, "low", "middle", "high"])
             self.open_log(out / "held_out.csv", [*bricks, "last", *levels])

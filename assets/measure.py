@@ -5,7 +5,7 @@ python assets/measure.py subsets     what the loss becomes without some of the b
 python assets/measure.py canvas      other ways to sample a canvas, to compare ours with
 python assets/measure.py classifier  train the classifier whose features FD-CIFAR compares
 
-Each has a --help, and takes the flags of sample_tiny.py besides its own.
+Each has a --help. The first three take the flags of sample_tiny.py besides their own.
 
 SPDX-License-Identifier: MIT
 """
@@ -110,7 +110,7 @@ def train_classifier(a, rest):
     data, random = load_data(a.dataset, a.data_dir, 32), lego.generator("classifier")
     if data.classes != CIFAR10:
         raise ValueError(f"{a.dataset} has not the classes of CIFAR-10: take --dataset cifar10")
-    images, labels = (torch.from_numpy(part) for part in data.train)
+    images, labels = data.train[0], torch.from_numpy(data.train[1]).long()
     torch.manual_seed(0)
     network = small_classifier()
     steps = a.epochs * (len(images) // 128)
@@ -118,12 +118,12 @@ def train_classifier(a, rest):
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps, pct_start=0.2)
     for step in tqdm(range(steps)):
         chosen = torch.randint(len(images), (128,), generator=random)
-        x = to_float(images[chosen].numpy())
+        x = to_float(images[chosen.numpy()])
         flipped = torch.rand(128, 1, 1, 1, generator=random) < 0.5
         x = torch.where(flipped, x.flip(3), x)
         down, across = torch.randint(5, (2,), generator=random).tolist()
         x = pad(x, (2, 2, 2, 2), mode="reflect")[..., down:down + 32, across:across + 32]
-        loss = cross_entropy(network(x), labels[chosen].long(), label_smoothing=0.1)
+        loss = cross_entropy(network(x), labels[chosen], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -148,10 +148,11 @@ def seen(images, labels):
 def frechet(a, b):
     """The Frechet distance of two sets of features (n, D), each taken as normally distributed."""
     a, b = a.double(), b.double()
-    values, vectors = torch.linalg.eigh(a.T.cov())
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T              # of the covariance of a
-    both = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
-    spread = a.T.cov().trace() + b.T.cov().trace() - 2 * both
+    cov_a, cov_b = a.T.cov(), b.T.cov()                                  # (D, D) each
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T              # of cov_a
+    both = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    spread = cov_a.trace() + cov_b.trace() - 2 * both
     return float((a.mean(0) - b.mean(0)).square().sum() + spread)
 
 
@@ -298,10 +299,11 @@ def main(arguments=None):
     """Measure as the command line says, or as a list of `arguments` does."""
     p = Parser(description="Measure what the project claims.")
     commands = p.add_subparsers(required=True, metavar="COMMAND")
-    also = "The flags of sample_tiny.py are known as well."
+    samples = "The flags of sample_tiny.py are known as well."
     runs = dict(distances=print_distances, subsets=print_subsets, canvas=sample_canvas,
                 classifier=train_classifier)
     for name, run in runs.items():
+        also = None if name == "classifier" else samples
         each = commands.add_parser(name, help=run.__doc__, description=run.__doc__, epilog=also)
         each.set_defaults(run=run)
         if name == "canvas":
