@@ -1414,11 +1414,12 @@ BAD_SAMPLING = named(
     "--stages --bench": "not allowed with", "--stages --size 8": "take --size 16",
     "--sampler dpm2m --churn 1": "churn is for EDM"}
 BAD_MEASURING = {
-    "": "COMMAND", "weigh": "invalid choice", "distances --n 0": "--n must lie",
-    "distances --size 40x4": "40x4", "distances --label 1": "--label",
-    "distances --dataset nowhere": "nowhere", "subsets --count 3": "--count",
-    "distances --dataset assets": "has not the checkpoint's channels and classes",
-    "canvas --how else": "invalid choice", "subsets --frobnicate": "--frobnicate"}
+    "": "COMMAND", "weigh": "invalid choice", "compare --n 0": "--n must lie",
+    "compare '--size 40x4'": "7 pixels", "compare --dataset nowhere": "nowhere",
+    "compare --dataset assets": "has not the checkpoint's channels and classes",
+    "subsets --count 3": "--count", "subsets --frobnicate": "--frobnicate",
+    "race nowhere --log l.csv": "nowhere", "race": "--log", "plot README.md --x a --y b --by c": "README.md",
+    "plot": "required", "pace '--bricks 16'": "cannot read"}
 
 
 @pytest.mark.parametrize("script, flags, said", [
@@ -1433,8 +1434,6 @@ def test_bad_flags_give_one_line_and_exit_code_2(trained, script, flags, said, c
         others = ["--batch 8 --size 16 --device cpu", budget, "--out", out, *others]
     elif script is sample_tiny:
         others = ["--ckpt", trained, "--out", out, *others]
-    elif " " in flags:
-        others += ["--ckpt", trained]
     assert in_process(script, *others) == 2
     lines = capsys.readouterr().err.splitlines()
     error = [line for line in lines if line.strip() and "files/s" not in line]  # but for a bar
@@ -1477,10 +1476,6 @@ def test_distances_tell_at_which_scale_images_differ_and_see_a_shared_error_of_c
     # The second set's deviation counts, which is twice as large here in the second case.
     double, half = measure.distances(2 * true, true), measure.distances(true, 2 * true)
     assert double[0] == pytest.approx(2 * half[0], rel=1e-4)
-    error = measure.colours(shifted) - measure.colours(true)        # of mean, then deviation
-    assert error == pytest.approx([0, 90, 0, 0, 0, 0], abs=1e-9)
-    doubled = measure.colours(2 * true[..., :1]) / measure.colours(true[..., :1])
-    assert doubled == pytest.approx([2, 2])
     flat = measure.pyramid(torch.ones(1, 1, 64, 64))
     assert max(level.abs().max() for level in flat[:2]) < 1e-6
 
@@ -1525,7 +1520,7 @@ def test_covering_subsets_are_those_found_by_hand(stack, subsets):
 
 
 @torch.no_grad()
-def test_losses_of_subsets_are_those_of_the_estimates_of_x0(trained, capsys):
+def test_losses_of_subsets_are_those_of_the_estimates_of_x0(trained, tmp_path, capsys):
     model, data = load_checkpoint(trained), train_tiny.load_data("landscapes", "", 16)
     images, labels, levels, noise = train_tiny.held_out_batch(data, 64)
     sigma = levels.view(-1, 1, 1, 1)
@@ -1538,7 +1533,9 @@ def test_losses_of_subsets_are_those_of_the_estimates_of_x0(trained, capsys):
     losses = train_tiny.losses_at(Lego(model.config), DDPM(), *batch, nullcontext)
     expected = (sigma * noise / EDM().coefficients(sigma)[1]).square().mean((1, 2, 3))
     assert close(train_tiny.last_brick(losses), expected, rtol=1e-4)
-    assert in_process(measure, "subsets --count 64 --precision fp32 --ckpt", trained) == 0
+    log = tmp_path / "log.csv"
+    case = f"--precision fp32 --ckpt {trained}"
+    assert in_process(measure, "subsets --count 64 --log", log, repr(case)) == 0
     table, full = capsys.readouterr().out.splitlines()[-5:], None
     for row, line in zip(rows, table):
         x0_hat = EDM().denoise(model, images + sigma * noise, levels, labels, skip=row["skip"])
@@ -1555,21 +1552,63 @@ def test_losses_of_subsets_are_those_of_the_estimates_of_x0(trained, capsys):
         assert name == (",".join(map(str, row["skip"])) or "nothing")
         for word, number, within in zip(shown, numbers, [1e-4] * 5 + [1e-3, .01], strict=True):
             assert float(word) == pytest.approx(number, abs=within)
+        logged = [line for line in measure.read_log(log) if line["skipped"] == name]
+        found = [[float(line[column]) for line in logged] for column in ("sigma", "loss")]
+        order = levels.argsort().chunk(16)
+        assert found[0] == pytest.approx([levels[i].log().mean().exp().item() for i in order], rel=1e-3)
+        assert found[1] == pytest.approx([loss[i].mean().item() for i in order], rel=1e-3)
 
 
-def test_distances_of_samples_and_their_floor_are_printed(trained, capsys):
-    assert in_process(measure, "distances --n 8 --steps 3 --size 16x32 --ckpt", trained) == 0
-    said = capsys.readouterr().out.split("samples and images")[1].splitlines()
-    _, level, _, *classes, _, rows, columns, wide = said
-    ours, floor = map(float, re.fullmatch(r"  16 pixels high +(\S+) \((\S+)\)", level).groups())
-    true, other = measure.two_sets(train_tiny.load_data("landscapes", "", 16), 8, (16, 32))
-    assert not (true[0] == other[0]).all((1, 2, 3)).any()           # No image is in both.
-    assert floor == pytest.approx(measure.distances(other[0], true[0])[0], abs=.05) and ours > floor
-    assert [line.split()[0] for line in classes] == train_tiny.LANDSCAPES
-    errors = [float(word.strip("()")) for word in classes[3].split()[1:]]
-    goal = measure.colours(true[0][3::4])               # A winter scene is every fourth.
-    assert errors[1::2] == pytest.approx(measure.colours(other[0][3::4]) - goal, abs=.051)
-    assert [line.split()[1] for line in (rows, columns, wide)] == ["8", "8", "16"]
+def test_ways_to_sample_are_compared_with_true_images(trained, tmp_path, capsys):
+    log, shown = tmp_path / "log.csv", []
+    cases = [f"--ckpt {trained} --size 16x32 --steps 3 {more}" for more in ("", "--skip 2")]
+    assert in_process(measure, "compare --n 8 --batch 3 --log", log, *map(repr, cases)) == 0
+    rows, said = measure.read_log(log), capsys.readouterr().out.splitlines()[-3:]
+    assert [row["case"] for row in rows] == ["other images", *cases]
+    (true, kinds), (other, _) = measure.two_sets(
+        train_tiny.load_data("landscapes", "", 16), 8, (16, 32))
+    assert not (true == other).all((1, 2, 3)).any()                     # No image is in both.
+    for row, line, case in zip(rows, said, [None, *cases]):
+        if case:
+            out = tmp_path / "s.npz"
+            assert in_process(sample_tiny, case, "--n 8 --batch 3 --out", out) == 0
+            flops = re.search(r"([\d.]+) GFLOPs", capsys.readouterr().out)[1]
+            assert float(row["gflops"]) == pytest.approx(float(flops), abs=.006)
+        images = np.load(out)["arr_0"] if case else other
+        every = measure.distances(images, true)
+        seams = [measure.seam_ratio(images, true, *border) for border in ((8, 1), (8, 2), (16, 2))]
+        means = [[part[kinds == k].mean((0, 1, 2)) for k in range(4)] for part in (images, true)]
+        error = np.subtract(*means)
+        expected = [every[0], every[-1], max(seams), (error ** 2).mean() ** .5]
+        figures = [float(row[name]) for name in ("fine", "coarse", "seam", "colour")]
+        assert figures == pytest.approx(expected, rel=1e-3)
+        assert [float(word) for word in line.split()[2:6]] == pytest.approx(figures, rel=1e-3)
+    assert in_process(measure, "compare --n 8", repr(cases[0]), f"'--ckpt {trained}'") == 2
+
+
+def test_runs_are_raced_and_paced_and_drawn(trained, tmp_path, capsys):
+    log = tmp_path / "race.csv"
+    assert in_process(measure, "race --log", log, trained.parent) == 0
+    lines, held = measure.read_log(log), measure.read_log(trained.parent / "held_out.csv")
+    assert [line["last"] for line in lines] == [line["last"] for line in held]
+    assert in_process(measure, "plot --x step --y last --by seed", log) == 2    # a single point
+    other = [line | dict(seed="1", seconds=str(float(line["seconds"]) + 1),
+                         last=str(float(line["last"]) + .01)) for line in lines]
+    measure.add_to_log(log, other)
+    capsys.readouterr()
+    assert in_process(measure, "race --log", log) == 0
+    mean, deviation = float(held[-1]["last"]) + .005, .01 / 2 ** .5
+    said = capsys.readouterr().out
+    assert "2 seeds" in said and f"last {mean:.4f} ±{deviation:.4f}" in said
+    assert in_process(measure, "plot --x seconds --y last --by seed --join", log) == 0
+    drawn = np.asarray(Image.open(tmp_path / "race.png"))
+    assert drawn.shape == (420, 820, 3) and (drawn.std(2) > 20).sum() > 100     # coloured pixels
+    small = "--size 16 --batch 8 --width 16 --heads 2 --device cpu --bricks"
+    cases = [f"'{small} 16/4x1'", f"'{small} 16/1x2'"]
+    assert in_process(measure, "pace --rounds 5 --minutes 1", *cases) == 0
+    few, many = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert float(few[0]) < float(many[0])
+    assert int(few[4]) == pytest.approx(60_000 / float(few[0]), rel=.01)
 
 
 def test_sets_of_a_data_set_in_memory_share_no_image():
@@ -1581,32 +1620,6 @@ def test_sets_of_a_data_set_in_memory_share_no_image():
     for images, labels in (held, train):
         assert (images[:, 0, 1, 0] % 2 == labels).all()
     refuses("take --size 8", measure.two_sets, data, 20, (8, 16))
-
-
-@torch.no_grad()
-def test_other_ways_to_sample_a_canvas_are_what_they_say(trained, tmp_path, monkeypatch):
-    samples, axis = [], (3, 4, 40, "cpu")
-    for how in ("ours", "tiled", "one"):
-        flags, out = f"canvas --how {how} --n 2 --steps 3 --size 24x40 --out", tmp_path / "s.npz"
-        assert in_process(measure, flags, out, "--ckpt", trained) == 0
-        samples.append(np.load(out)["arr_0"].astype(float))
-    for a, b in itertools.combinations(samples, 2):
-        assert a.shape == (2, 24, 40, 3) and np.abs(a - b).mean() > 1
-    model = load_checkpoint(trained)
-    spec, released = model.config.bricks[0], replace(model.config, released=True)
-    ours, theirs = (Grid(spec, config, 20, 40) for config in (model.config, released))
-    assert torch.equal(measure.stretched(ours, *axis), theirs.axis(*axis))
-    # One walk with the grid in place is one call of the network with stretched coordinates.
-    size, labels = (16, 24), torch.tensor([0, 1])
-    noise = 80 * lego.normal((2, 3, *size), generator("c"), "cpu")
-    monkeypatch.setattr(Grid, "axis", measure.stretched)
-    monkeypatch.setattr(lego, "canvases", lambda *_: [size])
-    for one, regions in ((False, [16, 8, 8]), (True, [24, 8, 8])):
-        wide = measure.widened(model, size, one)
-        assert [spec.region for spec in wide.config.bricks] == regions
-        x0 = EDM().sample(wide, noise.shape, labels, steps=1, sampler="euler",
-                          generator=generator("c"))
-        assert close(x0, EDM().denoise(wide, noise, 80., labels), 1e-4)
 
 
 # ---- The notebook --------------------------------------------------------------------

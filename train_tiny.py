@@ -604,6 +604,8 @@ def read_flags(arguments=None):
     flag(p, "--heads", None, "attention heads (default: the preset's)", type=int)
     flag(p, "--size", 32, "height and width of the training images", type=int)
     flag(p, "--objective", "edm", "edm, or ddpm for noise prediction", choices=OBJECTIVES)
+    flag(p, "--p-mean", None, "mean of ln(sigma) in training, for edm (default: -0.8)", type=float)
+    flag(p, "--p-std", None, "its standard deviation, for edm (default: 1.4)", type=float)
     flag(budget, "--steps", None, "budget in steps, those before --resume included", type=int)
     flag(budget, "--minutes", None, "budget in minutes, likewise (default: 10)", type=float)
     flag(p, "--batch", 32, "images a step, over all processes", type=int)
@@ -629,6 +631,10 @@ def read_flags(arguments=None):
         state = read_checkpoint(path := Path(s.resume) / "checkpoint.pt")
         if "train" not in state or not isinstance(state["info"].get("settings"), dict):
             raise ValueError(f"{path} holds weights to sample from, but no run to resume")
+        unknown = vars(s).keys() - state["info"]["settings"].keys()
+        if unknown:
+            raise ValueError(f"{path} was written by another version of train_tiny.py, which did "
+                             f"not know {', '.join(sorted(unknown))}: go on with that one")
         stored = vars(s) | state["info"]["settings"] | dict(out=s.resume)
         if s.steps or s.minutes:                        # a new budget replaces the stored one
             stored |= dict(steps=None, minutes=None)
@@ -639,8 +645,14 @@ def read_flags(arguments=None):
                                  f"resume, which has {stored[name]}")
     if s.steps is None and s.minutes is None:
         s.minutes = 10.0
+    if s.objective == "edm":        # Karras et al. take -1.2 and 1.2, which rarely visits the high
+        s.p_mean = -0.8 if s.p_mean is None else s.p_mean       # levels that decide the colours.
+        s.p_std = 1.4 if s.p_std is None else s.p_std
+    elif (s.p_mean, s.p_std) != (None, None):
+        raise ValueError("--p-mean and --p-std are for --objective edm")
     check_limits(p, s, dict(
         size=(1, 4096), steps=(1, 2 ** 32), minutes=(1e-9, 1e6), batch=(1, 65536), lr=(1e-9, 1),
+        p_mean=(-10, 10), p_std=(.01, 10),
         save_minutes=(0, 1e6), seed=(0, 2 ** 32 - 1)))
     return s, state
 
@@ -983,7 +995,8 @@ class Trainer:
         self.device = pick_device(s.device)
         self.autocast = pick_precision(s.precision, self.device)
         self.data = data or self.load_data()
-        self.diffusion = OBJECTIVES[s.objective]()
+        noise = dict(P_mean=s.p_mean, P_std=s.p_std) if s.objective == "edm" else {}
+        self.diffusion = OBJECTIVES[s.objective](**noise)
         self.config = state["config"] if state else config or make_config(s, self.data)
         self.diffusion.rows(self.config, s.batch)       # a ValueError if a brick gets no images
         K = len(self.config.bricks)

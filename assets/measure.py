@@ -1,24 +1,30 @@
 """The one script behind the project's evidence, run from the repository's root:
 
-python assets/measure.py distances   how far samples are from the images of a data set
+python assets/measure.py compare     how far samples are from true images, and what they cost
 python assets/measure.py subsets     what the loss becomes without some of the bricks
-python assets/measure.py canvas      other ways to sample a canvas, to compare ours with
+python assets/measure.py pace        how many steps of several stacks take the same time
+python assets/measure.py race        the held-out loss of runs, over their seeds
+python assets/measure.py plot        pictures of the logs that these commands write
 python assets/measure.py classifier  train the classifier whose features FD-CIFAR compares
 
-Each has a --help. The first three take the flags of sample_tiny.py besides their own.
+Each has a --help. A case of compare and pace is a set of flags of sample_tiny.py or
+train_tiny.py in quotes.
 
 SPDX-License-Identifier: MIT
 """
 
-import itertools
+import csv
+import io
 import math
+import shlex
 import sys
-from dataclasses import replace
+import time
+from contextlib import redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate, pad
 from tqdm import tqdm
@@ -26,9 +32,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lego
 import sample_tiny
+import train_tiny
 from sample_tiny import covering_subsets
-from train_tiny import (CIFAR10, Parser, command, flag, held_out_batch, last_brick, load_data,
-                        losses_at, to_float)
+from train_tiny import (CIFAR10, Parser, check_limits, command, flag, held_out_batch, last_brick, load_data,
+                        losses_at, save_picture, timed, to_bytes, to_float)
 
 # ---- Distances between samples and images --------------------------------------------
 
@@ -71,11 +78,6 @@ def distances(images, true):
     return result
 
 
-def colours(images):
-    """The mean, then the standard deviation, of every channel of uint8 (n, H, W, C): (2 C,)."""
-    return np.concatenate([images.mean((0, 1, 2)), images.std((0, 1, 2))])
-
-
 def seam_ratio(images, true, region, axis):
     """The mean difference of neighbours across region borders over that of all others, divided
     by the same for true images; axis 1 goes down and 2 across uint8 (n, H, W, C)."""
@@ -102,11 +104,9 @@ def small_classifier():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
-def train_classifier(a, rest):
+def train_classifier(a):
     """Train the classifier whose features FD-CIFAR compares, on the training images of CIFAR-10,
     and write it to assets/classifier.pt."""
-    if rest:
-        raise ValueError(f"classifier does not know {rest[0]}")
     data, random = load_data(a.dataset, a.data_dir, 32), lego.generator("classifier")
     if data.classes != CIFAR10:
         raise ValueError(f"{a.dataset} has not the classes of CIFAR-10: take --dataset cifar10")
@@ -179,42 +179,128 @@ def two_sets(data, n, size):
     return sets
 
 
-def print_distances(a, rest):
-    """Compare samples with as many images of a data set, and in brackets other images with the
-    same, since nothing can be told closer than that: the sliced Wasserstein distance at every
-    scale, the colour of every class, and how visible the borders of regions are."""
-    flags = sample_tiny.read_flags(rest)
-    if flags.label or flags.stages or flags.bench:
-        raise ValueError("distances takes no --label, --stages or --bench")
-    sampler = sample_tiny.Sampler(flags)
-    size, data = sampler.size, matching_data(a, sampler.model)
-    if min(size) < 7:
-        raise ValueError(f"--size {flags.size}: patches of 7x7 pixels are compared")
-    (true, labels), (other, other_labels) = two_sets(data, flags.n, size)
-    images = np.concatenate(list(sampler.batches(len(true))))
-    asked = np.arange(len(images)) % len(data.classes)
-    print(f"\n{len(true)} samples and images: distance x 1000 at every level of the pyramid")
-    for level, pair in enumerate(zip(distances(images, true), distances(other, true))):
-        print("{:>4} pixels high  {:>6.1f} ({:.1f})".format(size[0] >> level, *pair))
-    if data.classes == CIFAR10:
-        (ours, told), (floor, _), (goal, most) = (
-            seen(*pair) for pair in ((images, asked), (other, other_labels), (true, labels)))
-        print(f"FD-CIFAR  {frechet(ours, goal):.2f} ({frechet(floor, goal):.2f}); the class is "
-              f"recognised in {told:.1%} ({most:.1%})")
-    print("mean of each channel, then standard deviation, minus those of the images, in 255ths")
-    for k, name in enumerate(data.classes):
-        chosen = images[asked == k], other[other_labels == k], true[labels == k]
-        if all(map(len, chosen)):
-            ours, floor, goal = map(colours, chosen)
-            errors = zip(ours - goal, floor - goal)
-            cells = [f"{error:+.1f} ({least:+.1f})" for error, least in errors]
-            print(f"{name:<12}" + "".join(f"{cell:>15}" for cell in cells))
-    print("seam ratio at the borders of regions, which is 1 for the images")
-    regions = sorted({spec.region for spec in sampler.model.config.bricks})
-    for region, (axis, name) in itertools.product(regions, [(1, "rows"), (2, "columns")]):
-        if region < size[axis - 1]:
-            ours, floor = (seam_ratio(some, true, region, axis) for some in (images, other))
-            print(f"every {region:>3} pixels across {name:<8} {ours:.2f} ({floor:.2f})")
+def judge(images, asked, true, labels, model, classes):
+    """The figures of uint8 images that were asked to be of the classes `asked`, against those of
+    as many true images: the distances at the finest and the coarsest level; the root mean square
+    error of the mean colours of classes, in 255ths; the largest seam ratio; and for CIFAR-10
+    FD-CIFAR and the share of the images whose class is recognised."""
+    every, (height, width) = distances(images, true), images.shape[1:3]
+    errors = [images[asked == k].mean((0, 1, 2)) - true[labels == k].mean((0, 1, 2))
+              for k in range(len(classes))]
+    seams = [seam_ratio(images, true, spec.region, axis) for spec in model.config.bricks
+             for axis, side in ((1, height), (2, width)) if spec.region < side]
+    figures = dict(fine=every[0], coarse=every[-1], seam=max(seams, default=1.0),
+                   colour=float(np.sqrt(np.square(errors).mean())))
+    if classes == CIFAR10:
+        (ours, told), (goal, _) = seen(images, asked), seen(true, labels)
+        figures |= dict(fd=frechet(ours, goal), recognised=told)
+    return figures
+
+
+def print_compare(a):
+    """Compare ways to sample with true images, and with each other: the time and the GFLOPs of
+    an image (batches of all cases take turns in random order), sliced Wasserstein distances x 1000
+    (finest and coarsest level), seams, colours, and for CIFAR-10 FD-CIFAR. The first row is
+    of other true images, since nothing can be told closer than that."""
+    samplers = {}
+    for case in a.cases or [""]:
+        with redirect_stdout(io.StringIO()):
+            samplers[case] = sample_tiny.Sampler(sample_tiny.read_flags(shlex.split(case)))
+    first = next(iter(samplers.values()))
+    if any(sampler.size != first.size for sampler in samplers.values()) or min(first.size) < 7:
+        raise ValueError("compare needs cases of one --size, of 7 pixels or more")
+    data = matching_data(a, first.model)
+    (true, labels), (other, other_labels) = two_sets(data, a.n, first.size)
+    n, parts, times = len(true), {case: [] for case in samplers}, {case: [] for case in samplers}
+    for start in tqdm(range(0, n, a.batch), "batches"):
+        numbers = range(start, min(n, start + a.batch))
+        for case in np.random.default_rng(start).permutation(list(samplers)):
+            began = time.perf_counter()
+            parts[case].append(to_bytes(samplers[case].images(numbers)))
+            times[case].append(1000 * (time.perf_counter() - began) / len(numbers))
+    floor = judge(other, other_labels, true, labels, first.model, data.classes)
+    rows = [dict(case="other images", n=n, gflops=0.0, ms=0.0) | floor]
+    for case, sampler in samplers.items():
+        images, asked = np.concatenate(parts[case]), np.arange(n) % len(data.classes)
+        figures = judge(images, asked, true, labels, sampler.model, data.classes)
+        cost = dict(gflops=sampler.flops / n / 1e9, ms=float(np.median(times[case])))
+        rows.append(dict(case=case, n=n) | cost | figures)
+    print("".join(f"{name:>11}" for name in list(cost | floor)) + f"  case ({n} images each)")
+    for row in rows:
+        numbers = [row[name] for name in cost | floor]
+        print("".join(f"{x:>11.4g}" for x in numbers) + "  " + (row["case"] or "no flags"))
+    add_to_log(a.log, rows)
+
+
+def add_to_log(path, rows):
+    """Add dictionaries to a CSV file, if one is named: a line for each, with a head if it is new."""
+    if path:
+        with open(path, "a", newline="") as file:
+            log = csv.DictWriter(file, rows[0].keys())
+            if not file.tell():
+                log.writeheader()
+            for row in rows:
+                log.writerow({name: f"{x:.5g}" if isinstance(x, float) else x
+                              for name, x in row.items()})
+
+
+def read_log(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- Races between stacks ------------------------------------------------------------
+
+
+def print_pace(a):
+    """Time a training step of every case, in random turns, to find how many of them fill the same
+    time. A race that counts steps can be repeated on a busy machine."""
+    trainers, times = {}, {}
+    for case in a.cases or [""]:
+        settings, _ = train_tiny.read_flags([*shlex.split(case), "--steps", "1000"])
+        trainers[case], times[case] = train_tiny.Trainer(settings), []
+    for i in tqdm(range(a.rounds + 2), "rounds"):                        # two to warm up
+        for case in np.random.default_rng(i).permutation(list(trainers)):
+            trainer = trainers[case]
+            times[case].append(timed(lambda: trainer.advance(.5), trainer.device))
+    print(f"ms a step, median (10% to 90%) of {a.rounds}, and steps in {a.minutes:g} minutes")
+    for case, seconds in times.items():
+        low, middle, high = np.quantile(1000 * np.array(seconds[2:]), [.1, .5, .9])
+        steps = 60_000 * a.minutes / middle
+        print(f"{middle:7.1f} ({low:.1f} to {high:.1f})  {steps:>7.0f}  {case or 'no flags'}")
+        trainers[case].source = None                                     # This ends the workers.
+
+
+LOSSES = ["last", "quarter1", "quarter2", "quarter3", "quarter4", "sigma5", "sigma10", "sigma20"]
+
+
+def print_race(a):
+    """Add the held-out losses of finished runs to a log. Print, for every kind of run in the log,
+    those at its end: the mean over the seeds, and their standard deviation."""
+    for run in a.cases:
+        state = lego.read_checkpoint(Path(run, "checkpoint.pt"))
+        settings, kind = state["info"]["settings"], str(state["config"])
+        if (settings["p_mean"], settings["p_std"]) != (-0.8, 1.4):
+            kind += " trained at {p_mean}, {p_std}".format(**settings)
+        head = dict(dataset=state["info"]["dataset"], kind=kind, seed=settings["seed"])
+        add_to_log(a.log, [head | {name: line[name] for name in ["step", "seconds", *LOSSES]}
+                           for line in read_log(Path(run, "held_out.csv"))])
+    for (dataset, kind), lines in groups(read_log(a.log), "dataset", "kind").items():
+        last = [ones[-1] for ones in groups(lines, "seed").values()]
+        figures = np.array([[float(line[name]) for name in LOSSES] for line in last])
+        error = figures.std(0, ddof=1) if len(last) > 1 else np.full(len(LOSSES), np.nan)
+        print(f"{dataset}, {kind}: {len(last)} seeds, {last[0]['step']} steps\n   "
+              + "".join(f" {name} {x:.4f} ±{e:.4f}" for name, x, e in
+                        zip(LOSSES, figures.mean(0), error)))
+
+
+def groups(lines, *names):
+    """The lines of a log by what they have under these names."""
+    found = {}
+    for line in lines:
+        key = tuple(line[name] for name in names)
+        found.setdefault(key, []).append(line)
+    return found
 
 
 # ---- The loss of subsets of bricks ---------------------------------------------------
@@ -223,7 +309,8 @@ def print_distances(a, rest):
 def subset_losses(model, diffusion, data, autocast, count=512):
     """A dictionary for each covering subset: the bricks in `skip`, the held-out `loss` of the
     last brick, also by quarter of noise level from low to high, its `ratio` to that of the full
-    stack in the range of the removed brick where it is largest, and `gflops` of a default walk."""
+    stack in the range of the removed brick where it is largest, the `gflops` of a default walk,
+    and the pairs (sigma, loss) of 16 `levels`."""
     size, evaluations, rows = model.config.size, diffusion.evaluations(), []
     images, labels, sigma, noise = held_out_batch(data, count)
     works = model.config.active(sigma.log() / 4)                         # (K, n)
@@ -232,22 +319,24 @@ def subset_losses(model, diffusion, data, autocast, count=512):
         loss = last_brick(losses)                                        # (n,)
         if not skip:                        # the first of them, with which the others are compared
             full = loss
-        quarters = [float(part.mean()) for part in loss[sigma.argsort()].chunk(4)]
+        order = sigma.argsort()
+        quarters = [float(part.mean()) for part in loss[order].chunk(4)]
+        levels = [(float(sigma[part].log().mean().exp()), float(loss[part].mean()))
+                  for part in order.chunk(16)]
         ranges = [here for here in works[list(skip)] if here.any()]
         ratios = [loss[here].sum() / full[here].sum() for here in ranges]
         flops = [sum(model.flops(size, size, skip, level)) for _, level in evaluations]
-        rows.append(dict(skip=skip, loss=float(loss.mean()), quarters=quarters,
+        rows.append(dict(skip=skip, loss=float(loss.mean()), quarters=quarters, levels=levels,
                          ratio=float(max(ratios, default=1)), gflops=sum(flops) / 1e9))
     return rows
 
 
-def print_subsets(a, rest):
+def print_subsets(a):
     """Print the held-out loss of every subset of bricks that covers all noise levels, also by
     quarter of noise level (1 is the lowest), its ratio to the full stack's loss where a removed
-    brick would have worked (the largest of several), and the GFLOPs of a default sample."""
-    if a.count < 4:
-        raise ValueError("--count must be 4 or more, one for each quarter of noise level")
-    sampler = sample_tiny.Sampler(sample_tiny.read_flags(rest))
+    brick would have worked (the largest of several), and the GFLOPs of a default sample. The
+    log gets the loss at 16 noise levels."""
+    sampler = sample_tiny.Sampler(sample_tiny.read_flags(shlex.split(" ".join(a.cases))))
     model, data = sampler.model, matching_data(a, sampler.model)
     rows = subset_losses(model, sampler.diffusion, data, sampler.autocast, a.count)
     print("\nskipped     loss  quarter 1       2       3       4   ratio   GFLOPs")
@@ -256,70 +345,104 @@ def print_subsets(a, rest):
         quarters = "  ".join(f"{quarter:.4f}" for quarter in row["quarters"])
         print(f"{name:<8}  {row['loss']:.4f}     {quarters}  {row['ratio']:>6.3f}  "
               f"{row['gflops']:>7.2f}")
+        add_to_log(a.log, [dict(skipped=name, sigma=sigma, loss=loss)
+                           for sigma, loss in row["levels"]])
 
 
-# ---- Other ways to sample a canvas ---------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------
 
 
-def stretched(grid, regions, before, length, device):
-    """Grid.axis of the released code, whose config also changes GELU and time features."""
-    pixel = torch.arange(regions * grid.spec.region, device=device)
-    return 2 * (pixel - before) / max(length - 1, 1) - 1
+def ticks(low, high, log):
+    """Round numbers from low to high."""
+    step = 10 ** math.floor(math.log10(high - low))
+    step *= next(part for part in (1, .5, .2, .1) if (high - low) / step / part >= 4)
+    even = np.arange(math.ceil(low / step), high / step + 1e-9) * step
+    octaves = [m * 10.0 ** e for e in range(-6, 7) for m in (1, 2, 5)]
+    return [value for value in (octaves if log else even) if low <= value <= high]
 
 
-def widened(model, size, one):
-    """The network for a canvas (height, width), which it takes for one as wide as in training,
-    so that the grid stays in place. With `one`, image-level regions are as large as it is."""
-    config, bricks = model.config, []
-    for spec in config.bricks:
-        if one and spec.region >= config.size:
-            spec = replace(spec, region=math.ceil(max(size) / spec.patch) * spec.patch)
-        bricks.append(spec)
-    wide = lego.Lego(replace(config, bricks=tuple(bricks), size=size[1]), model.block).eval()
-    wide.load_state_dict(model.state_dict())
-    wide.info = model.info
-    return wide
+def plot(series, x, y, log_x=False, join=True):
+    """A picture of {name: (xs, ys)}, as points that are joined by lines or not. x and y are the
+    names of the axes, of which x may be logarithmic."""
+    W, H, left, right, top, bottom = 1640, 840, 130, 1000, 30, 740       # halved at the end
+    image, font = Image.new("RGB", (W, H), "white"), ImageFont.load_default(26)
+    draw, (xs, ys) = ImageDraw.Draw(image), map(np.concatenate, zip(*series.values()))
+    warp = np.log if log_x else np.asarray
+    X = lambda v: left + 30 + (right - left - 60) * (warp(v) - warp(xs.min())) / np.ptp(warp(xs))
+    Y = lambda v: bottom - 30 + (top - bottom + 60) * (v - ys.min()) / np.ptp(ys)
+    draw.rectangle((left, top, right, bottom), outline="black", width=2)
+    for value in ticks(xs.min(), xs.max(), log_x):
+        draw.line((X(value), top, X(value), bottom), "#dddddd", 2)
+        draw.text((X(value), bottom + 26), f"{value:.4g}", "black", font, "mm")
+    for value in ticks(ys.min(), ys.max(), False):
+        draw.line((left, Y(value), right, Y(value)), "#dddddd", 2)
+        draw.text((left - 14, Y(value)), f"{value:.4g}", "black", font, "rm")
+    draw.text(((left + right) / 2, H - 30), f"{y}, over {x}", "black", font, "mm")
+    for i, (name, line) in enumerate(series.items()):
+        colour = f"hsl({210 + 360 * i // len(series)}, 65%, 42%)"
+        points = list(zip(X(np.array(line[0])), Y(np.array(line[1]))))
+        if join:
+            draw.line(points, colour, 4, "curve")
+        for place in [*points, (right + 30, top + 20 + 42 * i)]:
+            draw.circle(place, 8, colour)
+        draw.text((right + 50, top + 20 + 42 * i), name, "black", font, "lm")
+    return image.resize((W // 2, H // 2), Image.LANCZOS)
 
 
-def sample_canvas(a, rest):
-    """Sample a canvas in another way than ours, and otherwise do what sample_tiny.py does."""
-    if a.how == "ours":
-        return sample_tiny.main(rest)
-    flags = sample_tiny.read_flags(rest)
-    model = lego.load_checkpoint(sample_tiny.find_checkpoint(flags.ckpt))
-    size = sample_tiny.parse_size(flags.size, model.config.size)
-    wide = widened(model, size, a.how == "one")
-    with (patch.object(sample_tiny, "load_checkpoint", return_value=wide),
-          patch.object(lego, "canvases", return_value=[size]),           # in one walk
-          patch.object(lego.Grid, "axis", stretched)):
-        sample_tiny.main(rest)
+def save_plot(a):
+    """Draw one column of a log over another, with a colour for each value of a third, to a picture
+    beside the log."""
+    path, columns = Path(a.cases[0]), (a.x, a.y, a.by)
+    lines = read_log(path)
+    if not lines or not lines[0].keys() >= set(columns):
+        raise ValueError(f"{path} is no log with the columns {', '.join(columns)}")
+    series = {name: [[float(line[axis]) for line in some] for axis in (a.x, a.y)]
+              for (name,), some in groups(lines, a.by).items()}
+    if any(len({line[axis] for line in lines}) < 2 for axis in (a.x, a.y)):
+        raise ValueError(f"{path} has a single value of {a.x} or {a.y}, so there is no axis to draw")
+    save_picture(plot(series, a.x, a.y, a.log_x, a.join), path.with_suffix(".png"))
+
+
+LIMITS = dict(n=(1, 1 << 20), batch=(1, 1 << 16), count=(16, 1 << 20), rounds=(1, 10_000),
+              minutes=(1e-9, 1e6), epochs=(1, 10_000))
 
 
 def main(arguments=None):
     """Measure as the command line says, or as a list of `arguments` does."""
     p = Parser(description="Measure what the project claims.")
     commands = p.add_subparsers(required=True, metavar="COMMAND")
-    samples = "The flags of sample_tiny.py are known as well."
-    runs = dict(distances=print_distances, subsets=print_subsets, canvas=sample_canvas,
-                classifier=train_classifier)
-    for name, run in runs.items():
-        also = None if name == "classifier" else samples
-        each = commands.add_parser(name, help=run.__doc__, description=run.__doc__, epilog=also)
+
+    def add(run, name, *flags, cases=None, number="*", data=None):
+        each = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         each.set_defaults(run=run)
-        if name == "canvas":
-            flag(each, "--how", "tiled", "tiled: in one walk, regions side by side and coordinates "
-                 "stretched over the canvas, as in the released code; one: likewise, but with "
-                 "image-level regions as large as the canvas", choices=["ours", "tiled", "one"])
-        else:
-            usual = "cifar10" if name == "classifier" else "landscapes"
-            flag(each, "--dataset", usual, "as train_tiny.py names it")
+        if cases:
+            each.add_argument("cases", nargs=number, metavar="CASE", help=cases)
+        if data:
+            flag(each, "--dataset", data, "as train_tiny.py names it")
             flag(each, "--data-dir", "data", "where data sets are looked for and downloaded to")
-        if name == "subsets":
-            flag(each, "--count", 512, "held-out images", type=int)
-        if name == "classifier":
-            flag(each, "--epochs", 10, "how often every training image is seen", type=int)
-    a, rest = p.parse_known_args(arguments)
-    a.run(a, rest)
+        for some, default, text, *kind in flags:
+            flag(each, some, default, text, **dict(*kind) or dict(type=type(default)))
+
+    sampling, log = "flags of sample_tiny.py in quotes", "a CSV file that gets the results as well"
+    add(print_compare, "compare", ("--n", 512, "images of every case"),
+        ("--batch", 32, "images made at a time"), ("--log", None, log, dict(type=str)),
+        cases=sampling, data="landscapes")
+    add(print_subsets, "subsets", ("--count", 512, "held-out images"),
+        ("--log", None, log, dict(type=str)), cases=sampling, data="landscapes")
+    add(print_pace, "pace", ("--rounds", 20, "steps of every case"),
+        ("--minutes", 12.0, "the time to fill with steps"), cases="flags of train_tiny.py in quotes")
+    add(print_race, "race", ("--log", None, "the CSV file", dict(required=True)),
+        cases="folders of runs to add to it")
+    add(save_plot, "plot", *((f"--{axis}", None, "a column of the log", dict(required=True))
+                             for axis in ("x", "y", "by")),
+        ("--log-x", False, "a logarithmic x axis", dict(action="store_true")),
+        ("--join", False, "join the points by lines", dict(action="store_true")),
+        cases="the log", number=1)
+    add(train_classifier, "classifier", ("--epochs", 10, "how often every training image is seen"),
+        data="cifar10")
+    a = p.parse_args(arguments)
+    check_limits(p, a, {name: limit for name, limit in LIMITS.items() if name in a})
+    a.run(a)
 
 
 if __name__ == "__main__":
