@@ -1349,8 +1349,8 @@ def test_every_covering_subset_of_the_shipped_stack_draws_pictures():
     assert str(model.config) == str(PRESETS["tiny"]) and len(model.bricks) >= 4
     data = train_tiny.load_data("landscapes", "", 32)
     autocast = train_tiny.pick_precision("auto", torch.device("cpu"))
-    rows = measure.subset_losses(model, EDM(), data, autocast, 256)
-    assert (2, 3) in [row["skip"] for row in rows] and len(rows) > 4
+    rows, _ = measure.subset_losses(model, EDM(), data, autocast, 256)
+    assert "2,3" in [row["skipped"] for row in rows] and len(rows) > 4
     for row in rows:
         assert row["ratio"] <= 1.5, row
 
@@ -1414,12 +1414,12 @@ BAD_SAMPLING = named(
     "--stages --bench": "not allowed with", "--stages --size 8": "take --size 16",
     "--sampler dpm2m --churn 1": "churn is for EDM"}
 BAD_MEASURING = {
-    "": "COMMAND", "weigh": "invalid choice", "compare --n 0": "--n must lie",
+    "": "command", "weigh": "invalid choice", "compare --n 0": "--n must lie",
     "compare '--size 40x4'": "7 pixels", "compare --dataset nowhere": "nowhere",
     "compare --dataset assets": "has not the checkpoint's channels and classes",
-    "subsets --count 3": "--count", "subsets --frobnicate": "--frobnicate",
-    "race nowhere --log l.csv": "nowhere", "race": "--log", "plot README.md --x a --y b --by c": "README.md",
-    "plot": "required", "pace '--bricks 16'": "cannot read"}
+    "subsets --n 3": "--n must lie", "subsets --frobnicate": "--frobnicate",
+    "race nowhere --log l.csv": "nowhere", "race": "--log", "plot --log README.md": "columns sigma, loss",
+    "plot": "--log", "pace '--bricks 16'": "cannot read"}
 
 
 @pytest.mark.parametrize("script, flags, said", [
@@ -1525,53 +1525,52 @@ def test_losses_of_subsets_are_those_of_the_estimates_of_x0(trained, tmp_path, c
     images, labels, levels, noise = train_tiny.held_out_batch(data, 64)
     sigma = levels.view(-1, 1, 1, 1)
     works = model.config.active(levels.log() / 4)
-    rows = measure.subset_losses(model, EDM(), data, nullcontext, 64)
-    assert [row["skip"] for row in rows] == [(), (0,), (1,), (2,), (1, 2)]
+    rows, by_level = measure.subset_losses(model, EDM(), data, nullcontext, 64)
+    assert [row["skipped"] for row in rows] == ["nothing", "0", "1", "2", "1,2"]
     whole = train_tiny.held_out_losses(model, EDM(), data, nullcontext, 64)
-    assert rows[0]["quarters"] == pytest.approx([whole[f"quarter{i}"] for i in range(1, 5)])
+    parts = [f"quarter{i}" for i in range(1, 5)]
+    assert [rows[0][part] for part in parts] == pytest.approx([whole[part] for part in parts])
     batch = images, labels, levels, noise       # Under DDPM a new network's estimate is x itself.
     losses = train_tiny.losses_at(Lego(model.config), DDPM(), *batch, nullcontext)
     expected = (sigma * noise / EDM().coefficients(sigma)[1]).square().mean((1, 2, 3))
     assert close(train_tiny.last_brick(losses), expected, rtol=1e-4)
     log = tmp_path / "log.csv"
     case = f"--precision fp32 --ckpt {trained}"
-    assert in_process(measure, "subsets --count 64 --log", log, repr(case)) == 0
+    assert in_process(measure, "subsets --n 64 --log", log, repr(case)) == 0
     table, full = capsys.readouterr().out.splitlines()[-5:], None
-    for row, line in zip(rows, table):
-        x0_hat = EDM().denoise(model, images + sigma * noise, levels, labels, skip=row["skip"])
+    assert measure.read_log(log) == [measure.written(line) for line in by_level]
+    order = levels.argsort().chunk(16)
+    for row, line, skip in zip(rows, table, [[], [0], [1], [2], [1, 2]]):
+        x0_hat = EDM().denoise(model, images + sigma * noise, levels, labels, skip=skip)
         error = (x0_hat - images) / EDM().coefficients(sigma)[1]
         loss = error.square().mean((1, 2, 3))
         full = loss if full is None else full       # of the stack that skips nothing
-        ratios = [loss[works[k]].mean() / full[works[k]].mean() for k in row["skip"] or [0]]
+        ratios = [loss[works[k]].mean() / full[works[k]].mean() for k in skip or [0]]
         quarters = [part.mean() for part in loss[levels.argsort()].chunk(4)]
         expected = torch.stack([loss.mean(), *quarters, max(ratios)]).tolist()
-        expected.append(walk_flops(model, row["skip"]) / 1e9)
-        numbers = [row["loss"], *row["quarters"], row["ratio"], row["gflops"]]
-        assert numbers == pytest.approx(expected, rel=1e-4)
-        name, *shown = line.split()
-        assert name == (",".join(map(str, row["skip"])) or "nothing")
-        for word, number, within in zip(shown, numbers, [1e-4] * 5 + [1e-3, .01], strict=True):
-            assert float(word) == pytest.approx(number, abs=within)
-        logged = [line for line in measure.read_log(log) if line["skipped"] == name]
-        found = [[float(line[column]) for line in logged] for column in ("sigma", "loss")]
-        order = levels.argsort().chunk(16)
-        assert found[0] == pytest.approx([levels[i].log().mean().exp().item() for i in order], rel=1e-3)
-        assert found[1] == pytest.approx([loss[i].mean().item() for i in order], rel=1e-3)
+        expected.append(walk_flops(model, skip) / 1e9)
+        assert list(row.values())[1:] == pytest.approx(expected, rel=1e-4)
+        assert line.split() == list(measure.written(row).values())
+        here = [level for level in by_level if level["skipped"] == row["skipped"]]
+        found = [(level["sigma"], level["loss"]) for level in here]
+        wanted = [(levels[i].log().mean().exp().item(), loss[i].mean().item()) for i in order]
+        assert np.array(found) == pytest.approx(np.array(wanted), rel=1e-4)
 
 
 def test_ways_to_sample_are_compared_with_true_images(trained, tmp_path, capsys):
     log, shown = tmp_path / "log.csv", []
     cases = [f"--ckpt {trained} --size 16x32 --steps 3 {more}" for more in ("", "--skip 2")]
-    assert in_process(measure, "compare --n 8 --batch 3 --log", log, *map(repr, cases)) == 0
-    rows, said = measure.read_log(log), capsys.readouterr().out.splitlines()[-3:]
+    assert in_process(measure, "compare --n 16 --log", log, *map(repr, cases)) == 0
+    rows, said = measure.read_log(log), capsys.readouterr().out.splitlines()[-4:]
     assert [row["case"] for row in rows] == ["other images", *cases]
+    assert said.pop(0).split() == list(rows[0])
     (true, kinds), (other, _) = measure.two_sets(
-        train_tiny.load_data("landscapes", "", 16), 8, (16, 32))
+        train_tiny.load_data("landscapes", "", 16), 16, (16, 32))
     assert not (true == other).all((1, 2, 3)).any()                     # No image is in both.
     for row, line, case in zip(rows, said, [None, *cases]):
         if case:
             out = tmp_path / "s.npz"
-            assert in_process(sample_tiny, case, "--n 8 --batch 3 --out", out) == 0
+            assert in_process(sample_tiny, case, "--n 16 --out", out) == 0
             flops = re.search(r"([\d.]+) GFLOPs", capsys.readouterr().out)[1]
             assert float(row["gflops"]) == pytest.approx(float(flops), abs=.006)
         images = np.load(out)["arr_0"] if case else other
@@ -1582,8 +1581,8 @@ def test_ways_to_sample_are_compared_with_true_images(trained, tmp_path, capsys)
         expected = [every[0], every[-1], max(seams), (error ** 2).mean() ** .5]
         figures = [float(row[name]) for name in ("fine", "coarse", "seam", "colour")]
         assert figures == pytest.approx(expected, rel=1e-3)
-        assert [float(word) for word in line.split()[2:6]] == pytest.approx(figures, rel=1e-3)
-    assert in_process(measure, "compare --n 8", repr(cases[0]), f"'--ckpt {trained}'") == 2
+        assert line.split()[:7] == list(row.values())[:7]
+    assert in_process(measure, "compare --n 16", repr(cases[0]), f"'--ckpt {trained}'") == 2
 
 
 def test_runs_are_raced_and_paced_and_drawn(trained, tmp_path, capsys):
@@ -1591,24 +1590,25 @@ def test_runs_are_raced_and_paced_and_drawn(trained, tmp_path, capsys):
     assert in_process(measure, "race --log", log, trained.parent) == 0
     lines, held = measure.read_log(log), measure.read_log(trained.parent / "held_out.csv")
     assert [line["last"] for line in lines] == [line["last"] for line in held]
-    assert in_process(measure, "plot --x step --y last --by seed", log) == 2    # a single point
-    other = [line | dict(seed="1", seconds=str(float(line["seconds"]) + 1),
+    assert in_process(measure, "plot --x step --y last --by seed --log", log) == 2    # a single point
+    other = [line | dict(seed="1", share="0.5",
                          last=str(float(line["last"]) + .01)) for line in lines]
     measure.add_to_log(log, other)
     capsys.readouterr()
     assert in_process(measure, "race --log", log) == 0
     mean, deviation = float(held[-1]["last"]) + .005, .01 / 2 ** .5
-    said = capsys.readouterr().out
-    assert "2 seeds" in said and f"last {mean:.4f} ±{deviation:.4f}" in said
-    assert in_process(measure, "plot --x seconds --y last --by seed --join", log) == 0
+    head, *said = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[:2] == ["last", "quarter1"] and said[0][len(measure.LOSSES)] == "2"
+    assert [float(line[0]) for line in said] == pytest.approx([mean, deviation], rel=1e-3)
+    assert in_process(measure, "plot --x share --y last --by seed --join --log", log) == 0
     drawn = np.asarray(Image.open(tmp_path / "race.png"))
     assert drawn.shape == (420, 820, 3) and (drawn.std(2) > 20).sum() > 100     # coloured pixels
     small = "--size 16 --batch 8 --width 16 --heads 2 --device cpu --bricks"
     cases = [f"'{small} 16/4x1'", f"'{small} 16/1x2'"]
-    assert in_process(measure, "pace --rounds 5 --minutes 1", *cases) == 0
+    assert in_process(measure, "pace --minutes 1", *cases) == 0
     few, many = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
     assert float(few[0]) < float(many[0])
-    assert int(few[4]) == pytest.approx(60_000 / float(few[0]), rel=.01)
+    assert int(few[3]) == pytest.approx(60_000 / float(few[0]), rel=.01)
 
 
 def test_sets_of_a_data_set_in_memory_share_no_image():

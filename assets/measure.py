@@ -7,8 +7,8 @@ python assets/measure.py race        the held-out loss of runs, over their seeds
 python assets/measure.py plot        pictures of the logs that these commands write
 python assets/measure.py classifier  train the classifier whose features FD-CIFAR compares
 
-Each has a --help. A case of compare and pace is a set of flags of sample_tiny.py or
-train_tiny.py in quotes.
+A case of compare and subsets is a set of flags of sample_tiny.py in quotes, one of pace a set
+of flags of train_tiny.py.
 
 SPDX-License-Identifier: MIT
 """
@@ -19,6 +19,7 @@ import math
 import shlex
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -212,86 +213,48 @@ def print_compare(a):
     data = matching_data(a, first.model)
     (true, labels), (other, other_labels) = two_sets(data, a.n, first.size)
     n, parts, times = len(true), {case: [] for case in samplers}, {case: [] for case in samplers}
-    for start in tqdm(range(0, n, a.batch), "batches"):
-        numbers = range(start, min(n, start + a.batch))
+    for start in tqdm(range(0, n, 32), "batches"):
+        numbers = range(start, min(n, start + 32))
         for case in np.random.default_rng(start).permutation(list(samplers)):
             began = time.perf_counter()
             parts[case].append(to_bytes(samplers[case].images(numbers)))
             times[case].append(1000 * (time.perf_counter() - began) / len(numbers))
     floor = judge(other, other_labels, true, labels, first.model, data.classes)
-    rows = [dict(case="other images", n=n, gflops=0.0, ms=0.0) | floor]
+    rows = [dict(gflops=0.0, ms=0.0) | floor | dict(n=n, case="other images")]
     for case, sampler in samplers.items():
         images, asked = np.concatenate(parts[case]), np.arange(n) % len(data.classes)
         figures = judge(images, asked, true, labels, sampler.model, data.classes)
         cost = dict(gflops=sampler.flops / n / 1e9, ms=float(np.median(times[case])))
-        rows.append(dict(case=case, n=n) | cost | figures)
-    print("".join(f"{name:>11}" for name in list(cost | floor)) + f"  case ({n} images each)")
-    for row in rows:
-        numbers = [row[name] for name in cost | floor]
-        print("".join(f"{x:>11.4g}" for x in numbers) + "  " + (row["case"] or "no flags"))
-    add_to_log(a.log, rows)
+        rows.append(cost | figures | dict(n=n, case=case or "no flags"))
+    show(rows, a.log)
+
+
+def show(rows, log=None):
+    """Print dictionaries with the same names as a table, and add them to a CSV file, if any."""
+    table = [list(rows[0]), *(list(written(row).values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    add_to_log(log, rows)
+
+
+def written(row):
+    return {name: f"{x:.5g}" if isinstance(x, float) else str(x) for name, x in row.items()}
 
 
 def add_to_log(path, rows):
-    """Add dictionaries to a CSV file, if one is named: a line for each, with a head if it is new."""
+    """Add dictionaries to a CSV file, if one is named: a line for each, after a head if it is new."""
     if path:
         with open(path, "a", newline="") as file:
             log = csv.DictWriter(file, rows[0].keys())
             if not file.tell():
                 log.writeheader()
-            for row in rows:
-                log.writerow({name: f"{x:.5g}" if isinstance(x, float) else x
-                              for name, x in row.items()})
+            log.writerows(map(written, rows))
 
 
 def read_log(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
-
-
-# ---- Races between stacks ------------------------------------------------------------
-
-
-def print_pace(a):
-    """Time a training step of every case, in random turns, to find how many of them fill the same
-    time. A race that counts steps can be repeated on a busy machine."""
-    trainers, times = {}, {}
-    for case in a.cases or [""]:
-        settings, _ = train_tiny.read_flags([*shlex.split(case), "--steps", "1000"])
-        trainers[case], times[case] = train_tiny.Trainer(settings), []
-    for i in tqdm(range(a.rounds + 2), "rounds"):                        # two to warm up
-        for case in np.random.default_rng(i).permutation(list(trainers)):
-            trainer = trainers[case]
-            times[case].append(timed(lambda: trainer.advance(.5), trainer.device))
-    print(f"ms a step, median (10% to 90%) of {a.rounds}, and steps in {a.minutes:g} minutes")
-    for case, seconds in times.items():
-        low, middle, high = np.quantile(1000 * np.array(seconds[2:]), [.1, .5, .9])
-        steps = 60_000 * a.minutes / middle
-        print(f"{middle:7.1f} ({low:.1f} to {high:.1f})  {steps:>7.0f}  {case or 'no flags'}")
-        trainers[case].source = None                                     # This ends the workers.
-
-
-LOSSES = ["last", "quarter1", "quarter2", "quarter3", "quarter4", "sigma5", "sigma10", "sigma20"]
-
-
-def print_race(a):
-    """Add the held-out losses of finished runs to a log. Print, for every kind of run in the log,
-    those at its end: the mean over the seeds, and their standard deviation."""
-    for run in a.cases:
-        state = lego.read_checkpoint(Path(run, "checkpoint.pt"))
-        settings, kind = state["info"]["settings"], str(state["config"])
-        if (settings["p_mean"], settings["p_std"]) != (-0.8, 1.4):
-            kind += " trained at {p_mean}, {p_std}".format(**settings)
-        head = dict(dataset=state["info"]["dataset"], kind=kind, seed=settings["seed"])
-        add_to_log(a.log, [head | {name: line[name] for name in ["step", "seconds", *LOSSES]}
-                           for line in read_log(Path(run, "held_out.csv"))])
-    for (dataset, kind), lines in groups(read_log(a.log), "dataset", "kind").items():
-        last = [ones[-1] for ones in groups(lines, "seed").values()]
-        figures = np.array([[float(line[name]) for name in LOSSES] for line in last])
-        error = figures.std(0, ddof=1) if len(last) > 1 else np.full(len(LOSSES), np.nan)
-        print(f"{dataset}, {kind}: {len(last)} seeds, {last[0]['step']} steps\n   "
-              + "".join(f" {name} {x:.4f} ±{e:.4f}" for name, x, e in
-                        zip(LOSSES, figures.mean(0), error)))
 
 
 def groups(lines, *names):
@@ -303,50 +266,97 @@ def groups(lines, *names):
     return found
 
 
+# ---- Races between stacks ------------------------------------------------------------
+
+
+ROUNDS = 20
+
+
+def print_pace(a):
+    """Time a training step of every case, in random turns, to find how many of them fill the same
+    time. A race that counts steps can be repeated on a busy machine."""
+    trainers, times = {}, {}
+    for case in a.cases or [""]:
+        settings, _ = train_tiny.read_flags([*shlex.split(case), "--steps", "1000"])
+        trainers[case], times[case] = train_tiny.Trainer(settings), []
+    for i in tqdm(range(ROUNDS + 2), "rounds"):                        # two to warm up
+        for case in np.random.default_rng(i).permutation(list(trainers)):
+            trainer = trainers[case]
+            times[case].append(timed(lambda: trainer.advance(.5), trainer.device))
+    rows = []
+    for case, seconds in times.items():
+        low, middle, high = np.quantile(1000 * np.array(seconds[2:]), [.1, .5, .9]).tolist()
+        steps = round(60_000 * a.minutes / middle)
+        rows.append(dict(ms=middle, low=low, high=high, steps=steps, case=case or "no flags"))
+        trainers[case].source = None                                     # This ends the workers.
+    print(f"the time of a step (10% to 90% of {ROUNDS}), and steps in {a.minutes:g} minutes")
+    show(rows)
+
+
+LOSSES = ["last", "quarter1", "quarter2", "quarter3", "quarter4", "sigma5", "sigma10", "sigma20"]
+
+
+def print_race(a):
+    """Add the held-out losses of finished runs to a log, with the share of the budget spent. Print
+    the losses at the end of every kind of run in the log: the mean over its seeds, and below it
+    their standard deviation."""
+    for run in a.cases:
+        state = lego.read_checkpoint(Path(run, "checkpoint.pt"))
+        settings, kind = state["info"]["settings"], str(state["config"])
+        if (settings["p_mean"], settings["p_std"]) != (-0.8, 1.4):
+            kind += " trained at {p_mean}, {p_std}".format(**settings)
+        head, rows = dict(data=state["info"]["dataset"], kind=kind, seed=settings["seed"]), []
+        for line in read_log(Path(run, "held_out.csv")):
+            progress = dict(step=line["step"], share=int(line["step"]) / state["info"]["step"])
+            rows.append(head | progress | {name: line[name] for name in LOSSES})
+        add_to_log(a.log, rows)
+    rows = []
+    for (data, kind), lines in groups(read_log(a.log), "data", "kind").items():
+        last = [some[-1] for some in groups(lines, "seed").values()]
+        losses = np.array([[float(line[name]) for name in LOSSES] for line in last])
+        for figures in (losses.mean(0), losses.std(0, ddof=min(1, len(last) - 1))):
+            row = dict(zip(LOSSES, figures.tolist()))
+            rows.append(row | dict(seeds=len(last), step=last[0]["step"], data=data, kind=kind))
+    show(rows)
+
+
 # ---- The loss of subsets of bricks ---------------------------------------------------
 
 
 def subset_losses(model, diffusion, data, autocast, count=512):
-    """A dictionary for each covering subset: the bricks in `skip`, the held-out `loss` of the
-    last brick, also by quarter of noise level from low to high, its `ratio` to that of the full
-    stack in the range of the removed brick where it is largest, the `gflops` of a default walk,
-    and the pairs (sigma, loss) of 16 `levels`."""
-    size, evaluations, rows = model.config.size, diffusion.evaluations(), []
+    """For each covering subset the bricks that it leaves out, the held-out loss of the last brick,
+    also by quarter of noise level from low to high, its ratio to that of the full stack in the
+    range of the removed brick where it is largest, and the GFLOPs of a default walk. A second
+    list has the loss at 16 noise levels."""
+    evaluations, rows, levels = diffusion.evaluations(), [], []
     images, labels, sigma, noise = held_out_batch(data, count)
-    works = model.config.active(sigma.log() / 4)                         # (K, n)
+    order, works = sigma.argsort(), model.config.active(sigma.log() / 4)         # (n,), (K, n)
     for skip in tqdm(covering_subsets(model.config), "subsets", leave=False):
         losses = losses_at(model, diffusion, images, labels, sigma, noise, autocast, skip)
         loss = last_brick(losses)                                        # (n,)
         if not skip:                        # the first of them, with which the others are compared
             full = loss
-        order = sigma.argsort()
-        quarters = [float(part.mean()) for part in loss[order].chunk(4)]
-        levels = [(float(sigma[part].log().mean().exp()), float(loss[part].mean()))
-                  for part in order.chunk(16)]
+        row = dict(skipped=",".join(map(str, skip)) or "nothing", loss=float(loss.mean()))
+        for i, part in enumerate(order.chunk(4)):
+            row[f"quarter{i + 1}"] = float(loss[part].mean())
         ranges = [here for here in works[list(skip)] if here.any()]
-        ratios = [loss[here].sum() / full[here].sum() for here in ranges]
+        ratios = [float(loss[here].sum() / full[here].sum()) for here in ranges]
+        size = model.config.size
         flops = [sum(model.flops(size, size, skip, level)) for _, level in evaluations]
-        rows.append(dict(skip=skip, loss=float(loss.mean()), quarters=quarters, levels=levels,
-                         ratio=float(max(ratios, default=1)), gflops=sum(flops) / 1e9))
-    return rows
+        rows.append(row | dict(ratio=max(ratios, default=1.0), gflops=sum(flops) / 1e9))
+        for part in order.chunk(16):
+            middle = float(sigma[part].log().mean().exp())
+            levels.append(dict(skipped=row["skipped"], sigma=middle, loss=float(loss[part].mean())))
+    return rows, levels
 
 
 def print_subsets(a):
-    """Print the held-out loss of every subset of bricks that covers all noise levels, also by
-    quarter of noise level (1 is the lowest), its ratio to the full stack's loss where a removed
-    brick would have worked (the largest of several), and the GFLOPs of a default sample. The
-    log gets the loss at 16 noise levels."""
+    """Print what `subset_losses` finds. The log gets its second list."""
     sampler = sample_tiny.Sampler(sample_tiny.read_flags(shlex.split(" ".join(a.cases))))
-    model, data = sampler.model, matching_data(a, sampler.model)
-    rows = subset_losses(model, sampler.diffusion, data, sampler.autocast, a.count)
-    print("\nskipped     loss  quarter 1       2       3       4   ratio   GFLOPs")
-    for row in rows:
-        name = ",".join(map(str, row["skip"])) or "nothing"
-        quarters = "  ".join(f"{quarter:.4f}" for quarter in row["quarters"])
-        print(f"{name:<8}  {row['loss']:.4f}     {quarters}  {row['ratio']:>6.3f}  "
-              f"{row['gflops']:>7.2f}")
-        add_to_log(a.log, [dict(skipped=name, sigma=sigma, loss=loss)
-                           for sigma, loss in row["levels"]])
+    data = matching_data(a, sampler.model)
+    rows, levels = subset_losses(sampler.model, sampler.diffusion, data, sampler.autocast, a.n)
+    show(rows)
+    add_to_log(a.log, levels)
 
 
 # ---- Pictures ------------------------------------------------------------------------
@@ -392,7 +402,7 @@ def plot(series, x, y, log_x=False, join=True):
 def save_plot(a):
     """Draw one column of a log over another, with a colour for each value of a third, to a picture
     beside the log."""
-    path, columns = Path(a.cases[0]), (a.x, a.y, a.by)
+    path, columns = Path(a.log), (a.x, a.y, a.by)
     lines = read_log(path)
     if not lines or not lines[0].keys() >= set(columns):
         raise ValueError(f"{path} is no log with the columns {', '.join(columns)}")
@@ -403,46 +413,32 @@ def save_plot(a):
     save_picture(plot(series, a.x, a.y, a.log_x, a.join), path.with_suffix(".png"))
 
 
-LIMITS = dict(n=(1, 1 << 20), batch=(1, 1 << 16), count=(16, 1 << 20), rounds=(1, 10_000),
-              minutes=(1e-9, 1e6), epochs=(1, 10_000))
+RUNS = dict(compare=print_compare, subsets=print_subsets, pace=print_pace, race=print_race,
+            plot=save_plot, classifier=train_classifier)
 
 
 def main(arguments=None):
     """Measure as the command line says, or as a list of `arguments` does."""
-    p = Parser(description="Measure what the project claims.")
-    commands = p.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(run, name, *flags, cases=None, number="*", data=None):
-        each = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        each.set_defaults(run=run)
-        if cases:
-            each.add_argument("cases", nargs=number, metavar="CASE", help=cases)
-        if data:
-            flag(each, "--dataset", data, "as train_tiny.py names it")
-            flag(each, "--data-dir", "data", "where data sets are looked for and downloaded to")
-        for some, default, text, *kind in flags:
-            flag(each, some, default, text, **dict(*kind) or dict(type=type(default)))
-
-    sampling, log = "flags of sample_tiny.py in quotes", "a CSV file that gets the results as well"
-    add(print_compare, "compare", ("--n", 512, "images of every case"),
-        ("--batch", 32, "images made at a time"), ("--log", None, log, dict(type=str)),
-        cases=sampling, data="landscapes")
-    add(print_subsets, "subsets", ("--count", 512, "held-out images"),
-        ("--log", None, log, dict(type=str)), cases=sampling, data="landscapes")
-    add(print_pace, "pace", ("--rounds", 20, "steps of every case"),
-        ("--minutes", 12.0, "the time to fill with steps"), cases="flags of train_tiny.py in quotes")
-    add(print_race, "race", ("--log", None, "the CSV file", dict(required=True)),
-        cases="folders of runs to add to it")
-    add(save_plot, "plot", *((f"--{axis}", None, "a column of the log", dict(required=True))
-                             for axis in ("x", "y", "by")),
-        ("--log-x", False, "a logarithmic x axis", dict(action="store_true")),
-        ("--join", False, "join the points by lines", dict(action="store_true")),
-        cases="the log", number=1)
-    add(train_classifier, "classifier", ("--epochs", 10, "how often every training image is seen"),
-        data="cifar10")
-    a = p.parse_args(arguments)
-    check_limits(p, a, {name: limit for name, limit in LIMITS.items() if name in a})
-    a.run(a)
+    p = Parser(description=__doc__.split("SPDX")[0], formatter_class=RawDescriptionHelpFormatter)
+    p.add_argument("command", choices=RUNS)
+    p.add_argument("cases", nargs="*", metavar="CASE", help="for compare, subsets and pace flags in "
+                   "quotes, for race folders of runs")
+    flag(p, "--dataset", "landscapes", "as train_tiny.py names it")
+    flag(p, "--data-dir", "data", "where data sets are looked for and downloaded to")
+    flag(p, "--n", 512, "images that compare makes for a case, or held-out ones of subsets", type=int)
+    flag(p, "--minutes", 12.0, "the time that pace fills with steps", type=float)
+    flag(p, "--epochs", 10, "how often the classifier sees every image", type=int)
+    flag(p, "--log", None, "the CSV file to which results are added, or that plot draws")
+    flag(p, "--x", "sigma", "the column of a log along the horizontal axis of its plot")
+    flag(p, "--y", "loss", "that along the vertical axis")
+    flag(p, "--by", "skipped", "that for every value of which there is a colour")
+    flag(p, "--log-x", False, "a logarithmic horizontal axis", action="store_true")
+    flag(p, "--join", False, "join the points of a colour", action="store_true")
+    a = p.parse_intermixed_args(arguments)
+    check_limits(p, a, dict(n=(16, 1 << 20), minutes=(1e-9, 1e6), epochs=(1, 10_000)))
+    if a.command in ("race", "plot") and not a.log:
+        raise ValueError(f"{a.command} needs a log: name one with --log")
+    RUNS[a.command](a)
 
 
 if __name__ == "__main__":
