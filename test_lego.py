@@ -1227,6 +1227,26 @@ def test_two_processes_train_like_one(tmp_path):
     assert max((weight - initial[name]).abs().max() for name, weight in one.items()) > 1e-4
 
 
+def test_training_draws_its_noise_where_the_flags_say_and_a_resumed_run_goes_on_there(trained):
+    for flags, law in (("", (-.8, 1.4)), ("--bricks 16/4x1 --p-mean 1 --p-std .5", (1, .5))):
+        s, _ = train_tiny.read_flags(words(TINY, flags, "--steps 1"))
+        trainer = train_tiny.Trainer(s)
+        trainer.source.renew(0)
+        _, sigma = trainer.gradients()
+        trainer.source = None                           # This ends the worker.
+        order = EDM(*law).quantile
+        place = [8 * order(float(level)) for level in sigma.sort()[0]]
+        assert [math.floor(number) for number in place] == list(range(8))
+    state = lego.read_checkpoint(trained)
+    del state["info"]["settings"]["p_mean"]
+    old = trained.parent.parent / "old"
+    old.mkdir()
+    model = load_checkpoint(trained)
+    model.info = state["info"]
+    save_checkpoint(old / "checkpoint.pt", model, train=state["train"])
+    refuses("did not know p_mean", train_tiny.read_flags, words("--resume", old))
+
+
 class Mean(Block):
     def mix(self, h):
         return self.proj(h.mean(2, keepdim=True).expand_as(h))
@@ -1387,6 +1407,7 @@ BAD_TRAINING = named(
     "--resume nowhere": "nowhere", "--resume assets": "assets", "--out README.md/run": "README.md",
     "--out RUN": "continue it with --resume",
     "--out RUN --resume RUN --lr .1": "--lr 0.1 contradicts",
+    "--p-std 0": "--p-std must lie", "--objective ddpm --p-mean -1": "for --objective edm",
     "--device abacus": "abacus", "--width 0": "width", "--width -4": "width",
     "--width 1048576": "from 4 to 16384", "--heads 0": "heads must be", "--heads 5": "take width",
     "--width 10 --heads 2": "take width 12",

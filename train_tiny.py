@@ -631,10 +631,10 @@ def read_flags(arguments=None):
         state = read_checkpoint(path := Path(s.resume) / "checkpoint.pt")
         if "train" not in state or not isinstance(state["info"].get("settings"), dict):
             raise ValueError(f"{path} holds weights to sample from, but no run to resume")
-        unknown = vars(s).keys() - state["info"]["settings"].keys()
+        unknown = sorted(vars(s).keys() - state["info"]["settings"].keys())
         if unknown:
             raise ValueError(f"{path} was written by another version of train_tiny.py, which did "
-                             f"not know {', '.join(sorted(unknown))}: go on with that one")
+                             f"not know {', '.join(unknown)}: go on with that one")
         stored = vars(s) | state["info"]["settings"] | dict(out=s.resume)
         if s.steps or s.minutes:                        # a new budget replaces the stored one
             stored |= dict(steps=None, minutes=None)
@@ -645,8 +645,10 @@ def read_flags(arguments=None):
                                  f"resume, which has {stored[name]}")
     if s.steps is None and s.minutes is None:
         s.minutes = 10.0
-    if s.objective == "edm":        # Karras et al. take -1.2 and 1.2, which rarely visits the high
-        s.p_mean = -0.8 if s.p_mean is None else s.p_mean       # levels that decide the colours.
+    # Karras et al. 2022 take -1.2 and 1.2, which rarely visits the high levels, where the colours
+    # of a sample are decided.
+    if s.objective == "edm":
+        s.p_mean = -0.8 if s.p_mean is None else s.p_mean
         s.p_std = 1.4 if s.p_std is None else s.p_std
     elif (s.p_mean, s.p_std) != (None, None):
         raise ValueError("--p-mean and --p-std are for --objective edm")
