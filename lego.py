@@ -915,7 +915,7 @@ OBJECTIVES = {"edm": EDM, "ddpm": DDPM}
 # ---- Presets -------------------------------------------------------------------------
 
 # Ours: the default, and the plain DiTs of the same width that it is compared with.
-TINY = "32/4x6@0.3: 32/4x6@:0.4 16/2x4@:0.4 8/2x2@:0.16"
+TINY = "32/4x6@0.3: 32/4x6@:0.4 16/2x4@:0.25 32/2x3@0.05:1.2"
 PRESETS = {
     "tiny": LegoConfig.parse(TINY, width=128, heads=4),
     "dit-4": LegoConfig.parse("32/4x9", width=128, heads=4),
