@@ -1655,13 +1655,15 @@ def display(thing):
     assert thing is None or any(shown) or repr(thing)
 
 cells = [cell for cell in json.load(open(sys.argv[1]))["cells"] if cell["cell_type"] == "code"]
+names = dict(__name__="__main__", display=display)     # of the cells
 for i, cell in enumerate(cells):
     tree = ast.parse("".join(cell["source"]))
     last = tree.body[-1]
     if isinstance(last, ast.Expr):
         last.value = ast.Call(ast.Name("display", ast.Load()), [last.value], [])
     code = compile(ast.fix_missing_locations(tree), f"code cell {i + 1}", "exec")
-    exec(code, globals())
+    exec(code, names)
+globals().update(names)
 
 # What neighbours must be in a limiting case; the cells themselves check the others.
 whole, first = (draw(model, n=2, skip=skip)[0] for skip in ((), others))

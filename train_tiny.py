@@ -685,13 +685,13 @@ def numbers(name, text, count, least, most):
 
 def default_fractions(config):
     """The share of its regions that each brick trains on in a step: 1 / sqrt(n) for a brick with n
-    times the tokens of the cheapest. Small patches cost more, and fewer of their regions leave
-    time for more steps. Half of them for n = 4 did better than all and than a quarter."""
-    tokens = []
-    for b in config.bricks:
-        regions = math.ceil(config.size / b.region) ** 2
-        tokens.append(regions * b.tokens)
-    return [math.sqrt(min(tokens) / n) for n in tokens]
+    times the tokens of the cheapest, but one region at least. Small patches cost more, and fewer
+    of their regions leave time for more steps. Half of them for n = 4 did better than all and
+    than a quarter."""
+    regions = [math.ceil(config.size / b.region) ** 2 for b in config.bricks]
+    tokens = [n * b.tokens for n, b in zip(regions, config.bricks)]
+    wanted = [n * math.sqrt(min(tokens) / some) for n, some in zip(regions, tokens)]
+    return [max(1, round(few)) / n for few, n in zip(wanted, regions)]
 
 
 # Odd polynomials of degree 5 that together take [0.01, 1] as near to 1 as three of them can
