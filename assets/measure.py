@@ -314,7 +314,8 @@ def print_race(a):
     for (data, kind), lines in groups(read_log(a.log), "data", "kind").items():
         last = [some[-1] for some in groups(lines, "seed").values()]
         losses = np.array([[float(line[name]) for name in LOSSES] for line in last])
-        for figures in (losses.mean(0), losses.std(0, ddof=min(1, len(last) - 1))):
+        spread = losses.std(0, ddof=1) if len(last) > 1 else losses[0] * math.nan
+        for figures in (losses.mean(0), spread):
             row = dict(zip(LOSSES, figures.tolist()))
             rows.append(row | dict(seeds=len(last), step=last[0]["step"], data=data, kind=kind))
     show(rows)
@@ -374,7 +375,7 @@ def ticks(low, high, log):
 def plot(series, x, y, log_x=False, join=True):
     """A picture of {name: (xs, ys)}, as points that are joined by lines or not. x and y are the
     names of the axes, of which x may be logarithmic."""
-    W, H, left, right, top, bottom = 1640, 840, 130, 1000, 30, 740       # halved at the end
+    W, H, left, right, top, bottom = 1640, 840, 130, 1000, 60, 740       # halved at the end
     image, font = Image.new("RGB", (W, H), "white"), ImageFont.load_default(26)
     draw, (xs, ys) = ImageDraw.Draw(image), map(np.concatenate, zip(*series.values()))
     warp = np.log if log_x else np.asarray
@@ -387,7 +388,8 @@ def plot(series, x, y, log_x=False, join=True):
     for value in ticks(ys.min(), ys.max(), False):
         draw.line((left, Y(value), right, Y(value)), "#dddddd", 2)
         draw.text((left - 14, Y(value)), f"{value:.4g}", "black", font, "rm")
-    draw.text(((left + right) / 2, H - 30), f"{y}, over {x}", "black", font, "mm")
+    draw.text(((left + right) / 2, H - 30), x, "black", font, "mm")
+    draw.text((left, 28), y, "black", font, "lm")
     for i, (name, line) in enumerate(series.items()):
         colour = f"hsl({210 + 360 * i // len(series)}, 65%, 42%)"
         points = list(zip(X(np.array(line[0])), Y(np.array(line[1]))))
