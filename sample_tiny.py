@@ -28,8 +28,8 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from lego import OBJECTIVES, SAMPLERS, Block, generator, load_checkpoint, write_aside
-from train_tiny import (Parser, check_limits, command, compile_blocks, flag, peak_memory,
-                        pick_device, pick_precision, picture, save_picture, sheet_columns, table,
+from train_tiny import (Parser, check_limits, command, compile_blocks, flag, in_turns,
+                        peak_memory, pick_device, pick_precision, picture, save_picture, sheet_columns, table,
                         timed, to_bytes)
 
 LARGEST_SHEET = 1 << 26         # pixels of a picture that holds all samples
@@ -351,17 +351,14 @@ def covering_subsets(config):
 
 
 def bench(sampler, rounds=8):
-    """A table of what subsets of bricks cost. They take turns in random order, so that a slow
-    moment of the machine is slow for all."""
+    """A table of what subsets of bricks cost, which take turns."""
     n, subsets = sampler.batch, covering_subsets(sampler.model.config)
     times, flops = {skip: [] for skip in subsets}, {}
-    for i in range(rounds + 1):                                          # the first round warms up
-        for k in np.random.default_rng(i).permutation(len(subsets)):
-            skip = subsets[k]
-            sampler.flops = 0
-            seconds = timed(lambda: sampler.images(range(n), skip=skip), sampler.device)
-            flops[skip] = sampler.flops / n
-            times[skip].append(1000 * seconds / n)
+    for _, skip in in_turns(subsets, rounds + 1):                        # the first round warms up
+        sampler.flops = 0
+        seconds = timed(lambda: sampler.images(range(n), skip=skip), sampler.device)
+        flops[skip] = sampler.flops / n
+        times[skip].append(1000 * seconds / n)
     height, width = sampler.size
     print(f"\n{n} images of {height}x{width}, {sampler.settings['sampler']}: ms per image, median "
           f"(10% to 90%) of {rounds}\nskipped   GFLOPs   ms per image             FLOPs    time   "

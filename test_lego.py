@@ -1436,7 +1436,8 @@ BAD_SAMPLING = named(
     "--sampler dpm2m --churn 1": "churn is for EDM"}
 BAD_MEASURING = {
     "": "command", "weigh": "invalid choice", "compare --n 0": "--n must lie",
-    "compare '--size 40x4'": "7 pixels", "compare --dataset nowhere": "nowhere",
+    "compare '--size 40x4'": "7 pixels", "compare '--label 1'": "--label",
+    "compare '' '--ckpt assets/cifar10.pt'": "same classes", "compare --dataset nowhere": "nowhere",
     "compare --dataset assets": "has not the checkpoint's channels and classes",
     "subsets --n 3": "--n must lie", "subsets --frobnicate": "--frobnicate",
     "race nowhere --log l.csv": "nowhere", "race": "--log", "plot --log README.md": "columns sigma, loss",
@@ -1579,7 +1580,7 @@ def test_losses_of_subsets_are_those_of_the_estimates_of_x0(trained, tmp_path, c
 
 
 def test_ways_to_sample_are_compared_with_true_images(trained, tmp_path, capsys):
-    log, shown = tmp_path / "log.csv", []
+    log = tmp_path / "log.csv"
     cases = [f"--ckpt {trained} --size 16x32 --steps 3 {more}" for more in ("", "--skip 2")]
     assert in_process(measure, "compare --n 16 --log", log, *map(repr, cases)) == 0
     rows, said = measure.read_log(log), capsys.readouterr().out.splitlines()[-4:]

@@ -551,6 +551,14 @@ def timed(work, device):
     return time.perf_counter() - began
 
 
+def in_turns(cases, rounds):
+    """Yield (round, case), the cases of every round in another random order, so that a slow moment
+    of the machine is slow for all."""
+    for i in range(rounds):
+        for k in np.random.default_rng(i).permutation(len(cases)):
+            yield i, cases[k]
+
+
 def peak_memory(device):
     """The most memory used so far in MB, by torch on a GPU or else by the process, which is NaN
     on Windows."""
@@ -583,6 +591,9 @@ def table(model, sigmas, skip=()):
 # ---- Training ------------------------------------------------------------------------
 
 LOG_EVERY = 20                          # steps
+# Of ln(sigma) in training. Karras et al. 2022 take -1.2 and 1.2, which rarely visits the high
+# levels, where the colours of a sample are decided.
+P_MEAN, P_STD = -0.8, 1.4
 LABEL_DROP = 0.1                        # chance to hide a label, which guidance needs
 EMA_IMAGES = 500_000                    # half-life of the weight average, in images
 FREE = {"bench", "resume", "steps", "minutes", "device", "data_dir", "save_minutes"}
@@ -604,8 +615,9 @@ def read_flags(arguments=None):
     flag(p, "--heads", None, "attention heads (default: the preset's)", type=int)
     flag(p, "--size", 32, "height and width of the training images", type=int)
     flag(p, "--objective", "edm", "edm, or ddpm for noise prediction", choices=OBJECTIVES)
-    flag(p, "--p-mean", None, "mean of ln(sigma) in training, for edm (default: -0.8)", type=float)
-    flag(p, "--p-std", None, "its standard deviation, for edm (default: 1.4)", type=float)
+    flag(p, "--p-mean", None, f"mean of ln(sigma) in training, for edm (default: {P_MEAN})",
+         type=float)
+    flag(p, "--p-std", None, f"its standard deviation, for edm (default: {P_STD})", type=float)
     flag(budget, "--steps", None, "budget in steps, those before --resume included", type=int)
     flag(budget, "--minutes", None, "budget in minutes, likewise (default: 10)", type=float)
     flag(p, "--batch", 32, "images a step, over all processes", type=int)
@@ -635,7 +647,7 @@ def read_flags(arguments=None):
         if unknown:
             raise ValueError(f"{path} was written by another version of train_tiny.py, which did "
                              f"not know {', '.join(unknown)}: go on with that one")
-        stored = vars(s) | state["info"]["settings"] | dict(out=s.resume)
+        stored = state["info"]["settings"] | dict(out=s.resume)
         if s.steps or s.minutes:                        # a new budget replaces the stored one
             stored |= dict(steps=None, minutes=None)
         s = p.parse_args(arguments, argparse.Namespace(**stored))
@@ -645,17 +657,14 @@ def read_flags(arguments=None):
                                  f"resume, which has {stored[name]}")
     if s.steps is None and s.minutes is None:
         s.minutes = 10.0
-    # Karras et al. 2022 take -1.2 and 1.2, which rarely visits the high levels, where the colours
-    # of a sample are decided.
     if s.objective == "edm":
-        s.p_mean = -0.8 if s.p_mean is None else s.p_mean
-        s.p_std = 1.4 if s.p_std is None else s.p_std
+        s.p_mean = P_MEAN if s.p_mean is None else s.p_mean
+        s.p_std = P_STD if s.p_std is None else s.p_std
     elif (s.p_mean, s.p_std) != (None, None):
         raise ValueError("--p-mean and --p-std are for --objective edm")
     check_limits(p, s, dict(
         size=(1, 4096), steps=(1, 2 ** 32), minutes=(1e-9, 1e6), batch=(1, 65536), lr=(1e-9, 1),
-        p_mean=(-10, 10), p_std=(.01, 10),
-        save_minutes=(0, 1e6), seed=(0, 2 ** 32 - 1)))
+        p_mean=(-10, 10), p_std=(.01, 10), save_minutes=(0, 1e6), seed=(0, 2 ** 32 - 1)))
     return s, state
 
 
@@ -1225,9 +1234,8 @@ class Trainer:
 
 
 def bench(trainer, rounds=20):
-    """A table of the time of a step. All cases take turns in random order, so that a slow moment
-    of the machine is slow for all, and each turn is followed by a matrix product of 2048^3,
-    the best of three, of whose speed the step reaches a share."""
+    """A table of the time of a step. All cases take turns, and each turn is followed by a matrix
+    product of 2048^3, the best of three, of whose speed the step reaches a share."""
     s, device, config = trainer.s, trainer.device, trainer.config
     bricks = tuple(replace(b, noise=(None, None)) for b in config.bricks)
     released = dict(local_mlp=False, residual=False, detach=False, released=True)
@@ -1251,17 +1259,16 @@ def bench(trainer, rounds=20):
     squares = {"fp32": torch.randn(2048, 2048, device=device)}
     squares["bf16"] = squares["fp32"].bfloat16()
     flops, times = {}, {name: [] for name in cases}
-    for i in range(rounds + 4):                         # the first four count FLOPs and warm up
-        for name in np.random.default_rng(i).permutation(list(cases)):
-            if i == 0:
-                cases[name].source.renew(0)
-                with FlopCounterMode(display=False) as counter:
-                    cases[name].gradients()
-                flops[name] = counter.get_total_flops()
-            step = timed(lambda: cases[name].advance(.5), device)
-            square = squares[cases[name].s.precision]
-            product = min(timed(lambda: square @ square, device) for _ in range(3))
-            times[name].append((step, 2 * 2048 ** 3 / product))
+    for i, name in in_turns(list(cases), rounds + 4):   # the first four count FLOPs and warm up
+        if i == 0:
+            cases[name].source.renew(0)
+            with FlopCounterMode(display=False) as counter:
+                cases[name].gradients()
+            flops[name] = counter.get_total_flops()
+        step = timed(lambda: cases[name].advance(.5), device)
+        square = squares[cases[name].s.precision]
+        product = min(timed(lambda: square @ square, device) for _ in range(3))
+        times[name].append((step, 2 * 2048 ** 3 / product))
     print(f"\na step of {s.batch} images in ms, median (10% to 90%) of {rounds}, cases in random "
           f"turns; share of the speed of a matrix product of 2048^3\n"
           f"{'case':<37}{'ms':<25}images/s   GFLOPs   GFLOP/s   share")

@@ -35,8 +35,8 @@ import lego
 import sample_tiny
 import train_tiny
 from sample_tiny import covering_subsets
-from train_tiny import (CIFAR10, Parser, check_limits, command, flag, held_out_batch, last_brick, load_data,
-                        losses_at, save_picture, timed, to_bytes, to_float)
+from train_tiny import (CIFAR10, Parser, check_limits, command, flag, held_out_batch, in_turns,
+                        last_brick, load_data, losses_at, save_picture, timed, to_bytes, to_float)
 
 # ---- Distances between samples and images --------------------------------------------
 
@@ -186,8 +186,10 @@ def judge(images, asked, true, labels, model, classes):
     error of the mean colours of classes, in 255ths; the largest seam ratio; and for CIFAR-10
     FD-CIFAR and the share of the images whose class is recognised."""
     every, (height, width) = distances(images, true), images.shape[1:3]
-    errors = [images[asked == k].mean((0, 1, 2)) - true[labels == k].mean((0, 1, 2))
-              for k in range(len(classes))]
+    errors = []
+    for k in set(asked) & set(labels):
+        both = images[asked == k], true[labels == k]
+        errors.append(np.subtract(*(some.mean((0, 1, 2)) for some in both)))
     seams = [seam_ratio(images, true, spec.region, axis) for spec in model.config.bricks
              for axis, side in ((1, height), (2, width)) if spec.region < side]
     figures = dict(fine=every[0], coarse=every[-1], seam=max(seams, default=1.0),
@@ -205,20 +207,24 @@ def print_compare(a):
     of other true images, since nothing can be told closer than that."""
     samplers = {}
     for case in a.cases or [""]:
+        flags = sample_tiny.read_flags(shlex.split(case))
+        if flags.label or flags.stages or flags.bench:
+            raise ValueError("compare takes no --label, --stages or --bench")
         with redirect_stdout(io.StringIO()):
-            samplers[case] = sample_tiny.Sampler(sample_tiny.read_flags(shlex.split(case)))
+            samplers[case] = sample_tiny.Sampler(flags)
     first = next(iter(samplers.values()))
+    if len({str(sampler.model.info.get("classes")) for sampler in samplers.values()}) > 1:
+        raise ValueError("compare needs cases with the same classes")
     if any(sampler.size != first.size for sampler in samplers.values()) or min(first.size) < 7:
         raise ValueError("compare needs cases of one --size, of 7 pixels or more")
     data = matching_data(a, first.model)
     (true, labels), (other, other_labels) = two_sets(data, a.n, first.size)
     n, parts, times = len(true), {case: [] for case in samplers}, {case: [] for case in samplers}
-    for start in tqdm(range(0, n, 32), "batches"):
-        numbers = range(start, min(n, start + 32))
-        for case in np.random.default_rng(start).permutation(list(samplers)):
-            began = time.perf_counter()
-            parts[case].append(to_bytes(samplers[case].images(numbers)))
-            times[case].append(1000 * (time.perf_counter() - began) / len(numbers))
+    for i, case in tqdm(list(in_turns(list(samplers), math.ceil(n / 32))), "batches"):
+        numbers = range(32 * i, min(n, 32 * (i + 1)))
+        began = time.perf_counter()
+        parts[case].append(to_bytes(samplers[case].images(numbers)))
+        times[case].append(1000 * (time.perf_counter() - began) / len(numbers))
     floor = judge(other, other_labels, true, labels, first.model, data.classes)
     rows = [dict(gflops=0.0, ms=0.0) | floor | dict(n=n, case="other images")]
     for case, sampler in samplers.items():
@@ -268,7 +274,6 @@ def groups(lines, *names):
 
 # ---- Races between stacks ------------------------------------------------------------
 
-
 ROUNDS = 20
 
 
@@ -279,10 +284,9 @@ def print_pace(a):
     for case in a.cases or [""]:
         settings, _ = train_tiny.read_flags([*shlex.split(case), "--steps", "1000"])
         trainers[case], times[case] = train_tiny.Trainer(settings), []
-    for i in tqdm(range(ROUNDS + 2), "rounds"):                        # two to warm up
-        for case in np.random.default_rng(i).permutation(list(trainers)):
-            trainer = trainers[case]
-            times[case].append(timed(lambda: trainer.advance(.5), trainer.device))
+    for _, case in tqdm(list(in_turns(list(trainers), ROUNDS + 2)), "steps"):    # two to warm up
+        trainer = trainers[case]
+        times[case].append(timed(lambda: trainer.advance(.5), trainer.device))
     rows = []
     for case, seconds in times.items():
         low, middle, high = np.quantile(1000 * np.array(seconds[2:]), [.1, .5, .9]).tolist()
@@ -303,7 +307,7 @@ def print_race(a):
     for run in a.cases:
         state = lego.read_checkpoint(Path(run, "checkpoint.pt"))
         settings, kind = state["info"]["settings"], str(state["config"])
-        if (settings["p_mean"], settings["p_std"]) != (-0.8, 1.4):
+        if (settings["p_mean"], settings["p_std"]) != (train_tiny.P_MEAN, train_tiny.P_STD):
             kind += " trained at {p_mean}, {p_std}".format(**settings)
         head, rows = dict(data=state["info"]["dataset"], kind=kind, seed=settings["seed"]), []
         for line in read_log(Path(run, "held_out.csv")):
@@ -329,7 +333,7 @@ def subset_losses(model, diffusion, data, autocast, count=512):
     also by quarter of noise level from low to high, its ratio to that of the full stack in the
     range of the removed brick where it is largest, and the GFLOPs of a default walk. A second
     list has the loss at 16 noise levels."""
-    evaluations, rows, levels = diffusion.evaluations(), [], []
+    size, evaluations, rows, levels = model.config.size, diffusion.evaluations(), [], []
     images, labels, sigma, noise = held_out_batch(data, count)
     order, works = sigma.argsort(), model.config.active(sigma.log() / 4)         # (n,), (K, n)
     for skip in tqdm(covering_subsets(model.config), "subsets", leave=False):
@@ -342,7 +346,6 @@ def subset_losses(model, diffusion, data, autocast, count=512):
             row[f"quarter{i + 1}"] = float(loss[part].mean())
         ranges = [here for here in works[list(skip)] if here.any()]
         ratios = [float(loss[here].sum() / full[here].sum()) for here in ranges]
-        size = model.config.size
         flops = [sum(model.flops(size, size, skip, level)) for _, level in evaluations]
         rows.append(row | dict(ratio=max(ratios, default=1.0), gflops=sum(flops) / 1e9))
         for part in order.chunk(16):
