@@ -733,7 +733,8 @@ class Diffusion:
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
         if churn and sampler not in self.with_churn:
-            raise ValueError("churn is for EDM and the samplers heun and euler: take churn=0")
+            raise ValueError("churn is for EDM and the samplers heun and euler: name one of "
+                             "them, or take churn=0")
         asked, zero = [], torch.zeros(1)
 
         def record(step, x, sigma):
@@ -758,7 +759,7 @@ class Diffusion:
     @torch.no_grad()
     def sample(self, model, shape, labels=None, *,
                steps=None,              # noise levels (None: 18 for EDM, 100 for DDPM)
-               sampler=None,            # in SAMPLERS (None: heun for EDM, ancestral for DDPM)
+               sampler=None,            # in SAMPLERS (None: dpm2m for EDM, ancestral for DDPM)
                skip=(),                 # brick indices, or a function progress -> indices
                guidance=1.0,            # see `denoise`
                generator=None,          # a CPU generator, or a list of one for each image
@@ -828,7 +829,7 @@ class EDM(Diffusion):
     """Karras et al. 2022: F and its input have unit scale at every noise level, and sigma is
     log-normal in training. (train_tiny.py takes P_mean=-0.8 and P_std=1.4, which visits the high
     levels more often: they decide the colours of a sample.)"""
-    sampler, steps, with_churn = "heun", 18, ("heun", "euler")
+    sampler, steps, with_churn = "dpm2m", 18, ("heun", "euler")
 
     def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5, sigma_min=0.002, sigma_max=80.0,
                  rho=7.0):

@@ -46,7 +46,7 @@ def read_flags(arguments=None):
     flag(p, "--n", 32, "number of images", type=int)
     flag(p, "--batch", 32, "images computed at a time", type=int)
     flag(p, "--steps", None, "noise levels (default: 18 for edm, 100 for ddpm)", type=int)
-    flag(p, "--sampler", None, "ddim is another name of euler (default: heun for edm, ancestral "
+    flag(p, "--sampler", None, "ddim is another name of euler (default: dpm2m for edm, ancestral "
          "for ddpm)", choices=[*SAMPLERS, "ddim"])
     flag(p, "--churn", 0.0, "S_churn of Karras et al., for heun and euler", type=float)
     flag(p, "--guidance", 1.0, "scale of classifier-free guidance; 1 is off", type=float)

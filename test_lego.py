@@ -553,14 +553,14 @@ def test_guidance_is_none_plus_the_scaled_difference_to_the_label():
 def test_skip_schedule_guide_and_callback_follow_every_step():
     model, known, progress, seen, runs = filled(SMALL), rand(1, 3, 16, 16), [], [], []
     model.bricks[2].register_forward_hook(lambda *_: runs.append(2))
-    run = partial(EDM().sample, model, known.shape, steps=4)
+    run = partial(EDM().sample, model, known.shape, steps=4, sampler="heun")
 
     def schedule(now):
         progress.append(now)
         return [2, 3] if now < .5 else []
 
     run(skip=schedule)
-    assert progress == [0, .25, .5, .75] and len(runs) == 3     # of Heun's 2 + 2 + 2 + 1
+    assert progress == [0, .25, .5, .75] and len(runs) == 3     # of 2 + 2 + 2 + 1
     run(skip=[2])
     assert len(runs) == 3
     run(skip=sample_tiny.parse_skip("2,3@0-0.5"))               # which ends below .5 as well
@@ -1062,7 +1062,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, kills):
         except subprocess.TimeoutExpired:           # a Ctrl-C was lost while Python imported
             process.kill()
             process.communicate()
-    process, before, deadline = again(), lines(), time.time() + 60
+    process, before, deadline = again(), lines(), time.time() + 300
     while lines() <= before and process.poll() is None and time.time() < deadline:
         time.sleep(.02)
     process.send_signal(signal.SIGINT)
@@ -1326,7 +1326,7 @@ def test_sampling_says_what_it_does_and_costs_what_it_says(trained, tmp_path, ca
         assert sample("--skip 1 --n 2 --steps 5 --out", tmp_path / "s.png") == 0
     said, runs = capsys.readouterr().out, sum(sigma < .5 for sigma in walk)
     assert counter.get_total_flops() == 2 * cost and f"{cost / 1e9:.2f} GFLOPs" in said
-    assert f"of 9 evaluations the bricks run in 9, 0, {runs}" in said and 0 < runs < 9
+    assert f"of 5 evaluations the bricks run in 5, 0, {runs}" in said and 0 < runs < 5
     rows = [line.split() for line in said.splitlines() if line.startswith("    ")]
     assert [row[4] for row in rows] == [":", "0.2:", ":0.5"]        # the noise ranges
     assert [row[-1] == "skipped" for row in rows] == [False, True, False]
@@ -1433,7 +1433,7 @@ BAD_SAMPLING = named(
     "--ckpt README.md": "not a LEGO", "--ckpt nowhere.pt": "nowhere.pt", "--out x.bmp": "x.bmp",
     "--size 1024 --out x.gif": "name a folder", "--out README.md/s.png": "README.md",
     "--stages --bench": "not allowed with", "--stages --size 8": "take --size 16",
-    "--sampler dpm2m --churn 1": "churn is for EDM"}
+    "--churn 1": "name one of them"}
 BAD_MEASURING = {
     "": "command", "weigh": "invalid choice", "compare --n 0": "--n must lie",
     "compare '--size 40x4'": "7 pixels", "compare '--label 1'": "--label",

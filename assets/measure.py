@@ -21,6 +21,7 @@ import sys
 import time
 from argparse import RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +298,13 @@ def print_pace(a):
     show(rows)
 
 
+def stack_name(config):
+    """The name of the preset that a stack is, but for what its data set decides, or the stack."""
+    own = dict(size=config.size, channels=config.channels, classes=config.classes)
+    names = [name for name, known in lego.PRESETS.items() if replace(known, **own) == config]
+    return names[0] if names else str(config)
+
+
 LOSSES = ["last", "quarter1", "quarter2", "quarter3", "quarter4", "sigma5", "sigma10", "sigma20"]
 
 
@@ -306,9 +314,12 @@ def print_race(a):
     their standard deviation."""
     for run in a.cases:
         state = lego.read_checkpoint(Path(run, "checkpoint.pt"))
-        settings, kind = state["info"]["settings"], str(state["config"])
-        if (settings["p_mean"], settings["p_std"]) != (train_tiny.P_MEAN, train_tiny.P_STD):
-            kind += " trained at {p_mean}, {p_std}".format(**settings)
+        settings, kind = state["info"]["settings"], stack_name(state["config"])
+        noise = settings["p_mean"], settings["p_std"]
+        if settings["objective"] == "ddpm":
+            kind += " ddpm"
+        elif noise != (train_tiny.P_MEAN, train_tiny.P_STD):
+            kind += f" at {noise}"
         head, rows = dict(data=state["info"]["dataset"], kind=kind, seed=settings["seed"]), []
         for line in read_log(Path(run, "held_out.csv")):
             progress = dict(step=line["step"], share=int(line["step"]) / state["info"]["step"])
