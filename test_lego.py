@@ -1375,7 +1375,7 @@ def test_every_covering_subset_of_the_shipped_stack_draws_pictures():
         assert row["ratio"] <= 1.5, row
 
 
-def test_skip_auto_removes_what_hardly_lowers_the_loss_and_covers_all(trained):
+def test_skip_auto_removes_what_hardly_lowers_the_error_and_covers_all(trained):
     model, data = load_checkpoint(trained), train_tiny.load_data("landscapes", "", 16)
     useful = partial(train_tiny.useful_levels, model, EDM(), data, nullcontext, count=32)
     assert useful(tolerance=1e9)[2] == [0.0, 0.0]

@@ -919,37 +919,37 @@ def held_out_losses(model, diffusion, data, autocast, count=512):
 
 
 @torch.no_grad()
-def useful_levels(model, diffusion, data, autocast, count=128, tolerance=0.005):
+def useful_levels(model, diffusion, data, autocast, count=128, tolerance=0.001):
     """For every brick the range [low, high) of sigma, with None for an open end, in which it is
     worth running, for `sample_tiny.py --skip auto`. Bricks are left out, the most costly one
     first, at the low and the high end of their range, as long as this adds no more than
-    `tolerance` of the held-out loss at either end."""
+    `tolerance` of the squared error of x0_hat at either end. (By the loss, errors at low noise
+    would count for more than can be seen in a sample.)"""
     device, K = next(model.parameters()).device, len(model.config.bricks)
     x0, labels, sigma, noise = (part.to(device) for part in held_out_batch(data, count))
     labels = labels if model.config.classes else None
     s = sigma.sort()[0].view(-1, 1, 1, 1)
     c_skip, c_out, c_in, c_noise = diffusion.coefficients(s)
-    edm_c_out = EDM().coefficients(s)[1]
     x = x0 + s * noise
     sigma = s.flatten().cpu()
 
-    def loss(runs):
-        """The loss (n,) if bricks run as `runs` (K, n) says, infinite where none does."""
+    def error(runs):
+        """The squared error (n,) if bricks run as `runs` (K, n) says, infinite where none does."""
         bare = ~runs.any(0)
         with autocast():
             F = model(c_in * x, c_noise.flatten(), labels, rows=runs | bare)
-        error = (c_skip * x + c_out * F - x0) / edm_c_out
-        return error.square().mean((1, 2, 3)).cpu().masked_fill(bare, math.inf)
+        off = c_skip * x + c_out * F - x0
+        return off.square().mean((1, 2, 3)).cpu().masked_fill(bare, math.inf)
 
     runs = model.config.active(sigma.log() / 4)                                  # (K, n)
-    now = loss(runs)                                                             # (n,)
+    now = error(runs)                                                            # (n,)
     allowed, levels = tolerance * now.sum(), [None] * K
     borders = [None, *(sigma[1:] * sigma[:-1]).sqrt().tolist(), None]
     flops = model.flops(model.config.size, model.config.size)
     for k in sorted(range(K), key=lambda k: -flops[k]):
         others = runs.clone()
         others[k] = False
-        then = loss(others)
+        then = error(others)
         added = then - now
         below, above = added.cumsum(0), added.flip(0).cumsum(0).flip(0)
         needed = ((below > allowed) & (above > allowed)).nonzero().flatten().tolist() or [0, -1]
