@@ -1612,7 +1612,7 @@ def test_runs_are_raced_and_paced_and_drawn(trained, tmp_path, capsys):
     assert in_process(measure, "race --log", log, trained.parent) == 0
     lines, held = measure.read_log(log), measure.read_log(trained.parent / "held_out.csv")
     assert [line["last"] for line in lines] == [line["last"] for line in held]
-    assert in_process(measure, "plot --x step --y last --by seed --log", log) == 2    # a single point
+    assert in_process(measure, "plot", tmp_path / "other.csv") == 2
     other = [line | dict(seed="1", share="0.5",
                          last=str(float(line["last"]) + .01)) for line in lines]
     measure.add_to_log(log, other)
@@ -1622,7 +1622,7 @@ def test_runs_are_raced_and_paced_and_drawn(trained, tmp_path, capsys):
     head, *said = (line.split() for line in capsys.readouterr().out.splitlines())
     assert head[:2] == ["last", "quarter1"] and said[0][len(measure.LOSSES)] == "2"
     assert [float(line[0]) for line in said] == pytest.approx([mean, deviation], rel=1e-3)
-    assert in_process(measure, "plot --x share --y last --by seed --join --log", log) == 0
+    assert in_process(measure, "plot", log) == 0
     drawn = np.asarray(Image.open(tmp_path / "race.png"))
     assert drawn.shape == (420, 820, 3) and (drawn.std(2) > 20).sum() > 100     # coloured pixels
     small = "--size 16 --batch 8 --width 16 --heads 2 --device cpu --bricks"

@@ -4,11 +4,8 @@ python assets/measure.py compare     how far samples are from true images, and w
 python assets/measure.py subsets     what the loss becomes without some of the bricks
 python assets/measure.py pace        how many steps of several stacks take the same time
 python assets/measure.py race        the held-out loss of runs, over their seeds
-python assets/measure.py plot        pictures of the logs that these commands write
+python assets/measure.py plot        pictures of the logs levels.csv, race.csv and curve.csv
 python assets/measure.py classifier  train the classifier whose features FD-CIFAR compares
-
-A case of compare and subsets is a set of flags of sample_tiny.py in quotes, one of pace a set
-of flags of train_tiny.py.
 
 SPDX-License-Identifier: MIT
 """
@@ -16,6 +13,7 @@ SPDX-License-Identifier: MIT
 import csv
 import io
 import math
+import re
 import shlex
 import sys
 import time
@@ -214,10 +212,9 @@ def print_compare(a):
         with redirect_stdout(io.StringIO()):
             samplers[case] = sample_tiny.Sampler(flags)
     first = next(iter(samplers.values()))
-    if len({str(sampler.model.info.get("classes")) for sampler in samplers.values()}) > 1:
-        raise ValueError("compare needs cases with the same classes")
-    if any(sampler.size != first.size for sampler in samplers.values()) or min(first.size) < 7:
-        raise ValueError("compare needs cases of one --size, of 7 pixels or more")
+    kinds = {(str(some.model.info.get("classes")), some.size) for some in samplers.values()}
+    if len(kinds) > 1 or min(first.size) < 7:
+        raise ValueError("compare needs cases of the same classes and --size, of 7 pixels or more")
     data = matching_data(a, first.model)
     (true, labels), (other, other_labels) = two_sets(data, a.n, first.size)
     n, parts, times = len(true), {case: [] for case in samplers}, {case: [] for case in samplers}
@@ -415,45 +412,48 @@ def plot(series, x, y, log_x=False, join=True):
     return image.resize((W // 2, H // 2), Image.LANCZOS)
 
 
-def save_plot(a):
-    """Draw one column of a log over another, with a colour for each value of a third, to a picture
-    beside the log."""
-    path, columns = Path(a.log), (a.x, a.y, a.by)
-    lines = read_log(path)
-    if not lines or not lines[0].keys() >= set(columns):
-        raise ValueError(f"{path} is no log with the columns {', '.join(columns)}")
-    series = {name: [[float(line[axis]) for line in some] for axis in (a.x, a.y)]
-              for (name,), some in groups(lines, a.by).items()}
-    if any(len({line[axis] for line in lines}) < 2 for axis in (a.x, a.y)):
-        raise ValueError(f"{path} has a single value of {a.x} or {a.y}, so there is no axis to draw")
-    save_picture(plot(series, a.x, a.y, a.log_x, a.join), path.with_suffix(".png"))
+# Of every log the columns across and up, that of the colours, whether the axis across is
+# logarithmic, and whether points are joined.
+PLOTS = dict(levels=("sigma", "loss", "skipped", True, True),
+             race=("share", "last", "kind", False, False),
+             curve=("ms", "fine", "case", False, False))
+
+
+def save_plots(a):
+    """Draw logs, each as its file name says, to pictures beside them."""
+    for path in map(Path, a.cases):
+        x, y, by, log_x, join = PLOTS[path.stem]
+        lines = read_log(path)
+        for line in lines:              # runs/tiny-0, runs/tiny-1 and so on have one colour
+            line[by] = re.sub(r"--ckpt \S*?([^/]+)-\d+/checkpoint.pt", r"\1", line[by])
+        series = {name: [[float(line[axis]) for line in some] for axis in (x, y)]
+                  for (name,), some in groups(lines, by).items()}
+        save_picture(plot(series, x, y, log_x, join), path.with_suffix(".png"))
 
 
 RUNS = dict(compare=print_compare, subsets=print_subsets, pace=print_pace, race=print_race,
-            plot=save_plot, classifier=train_classifier)
+            plot=save_plots, classifier=train_classifier)
 
 
 def main(arguments=None):
     """Measure as the command line says, or as a list of `arguments` does."""
     p = Parser(description=__doc__.split("SPDX")[0], formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("command", choices=RUNS)
-    p.add_argument("cases", nargs="*", metavar="CASE", help="for compare, subsets and pace flags in "
-                   "quotes, for race folders of runs")
+    p.add_argument("cases", nargs="*", metavar="CASE", help="for compare and subsets flags of "
+                   "sample_tiny.py in quotes, for pace those of train_tiny.py, for race folders of "
+                   "runs, for plot logs")
     flag(p, "--dataset", "landscapes", "as train_tiny.py names it")
     flag(p, "--data-dir", "data", "where data sets are looked for and downloaded to")
     flag(p, "--n", 512, "images that compare makes for a case, or held-out ones of subsets", type=int)
     flag(p, "--minutes", 12.0, "the time that pace fills with steps", type=float)
     flag(p, "--epochs", 10, "how often the classifier sees every image", type=int)
-    flag(p, "--log", None, "the CSV file to which results are added, or that plot draws")
-    flag(p, "--x", "sigma", "the column of a log along the horizontal axis of its plot")
-    flag(p, "--y", "loss", "that along the vertical axis")
-    flag(p, "--by", "skipped", "that for every value of which there is a colour")
-    flag(p, "--log-x", False, "a logarithmic horizontal axis", action="store_true")
-    flag(p, "--join", False, "join the points of a colour", action="store_true")
+    flag(p, "--log", None, "the CSV file to which compare, subsets and race add their results")
     a = p.parse_intermixed_args(arguments)
     check_limits(p, a, dict(n=(16, 1 << 20), minutes=(1e-9, 1e6), epochs=(1, 10_000)))
-    if a.command in ("race", "plot") and not a.log:
-        raise ValueError(f"{a.command} needs a log: name one with --log")
+    if a.command == "race" and not a.log:
+        raise ValueError("race needs a log: name one with --log")
+    if a.command == "plot" and not {Path(case).stem for case in a.cases} <= PLOTS.keys():
+        raise ValueError(f"plot draws logs of the names {', '.join(PLOTS)} only")
     RUNS[a.command](a)
 
 
