@@ -828,7 +828,8 @@ class Diffusion:
 class EDM(Diffusion):
     """Karras et al. 2022: F and its input have unit scale at every noise level, and sigma is
     log-normal in training. (train_tiny.py takes P_mean=-0.8 and P_std=1.4, which visits the high
-    levels more often: they decide the colours of a sample.)"""
+    levels more often: they decide the colours of a sample.) They sample by Heun's method. The
+    default here does as well with half of the evaluations."""
     sampler, steps, with_churn = "dpm2m", 18, ("heun", "euler")
 
     def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5, sigma_min=0.002, sigma_max=80.0,

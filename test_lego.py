@@ -1440,8 +1440,8 @@ BAD_MEASURING = {
     "compare '' '--ckpt assets/cifar10.pt'": "same classes", "compare --dataset nowhere": "nowhere",
     "compare --dataset assets": "has not the checkpoint's channels and classes",
     "subsets --n 3": "--n must lie", "subsets --frobnicate": "--frobnicate",
-    "race nowhere --log l.csv": "nowhere", "race": "--log", "plot --log README.md": "columns sigma, loss",
-    "plot": "--log", "pace '--bricks 16'": "cannot read"}
+    "race nowhere --log l.csv": "nowhere", "race": "--log", "plot README.md": "levels, race, curve",
+    "plot": "levels, race, curve", "pace '--bricks 16'": "cannot read"}
 
 
 @pytest.mark.parametrize("script, flags, said", [
@@ -1612,7 +1612,7 @@ def test_runs_are_raced_and_paced_and_drawn(trained, tmp_path, capsys):
     assert in_process(measure, "race --log", log, trained.parent) == 0
     lines, held = measure.read_log(log), measure.read_log(trained.parent / "held_out.csv")
     assert [line["last"] for line in lines] == [line["last"] for line in held]
-    assert in_process(measure, "plot", tmp_path / "other.csv") == 2
+    assert in_process(measure, "plot", log) == 2                                # a single point
     other = [line | dict(seed="1", share="0.5",
                          last=str(float(line["last"]) + .01)) for line in lines]
     measure.add_to_log(log, other)
@@ -1623,6 +1623,7 @@ def test_runs_are_raced_and_paced_and_drawn(trained, tmp_path, capsys):
     assert head[:2] == ["last", "quarter1"] and said[0][len(measure.LOSSES)] == "2"
     assert [float(line[0]) for line in said] == pytest.approx([mean, deviation], rel=1e-3)
     assert in_process(measure, "plot", log) == 0
+    assert in_process(measure, "plot", log.rename(tmp_path / "curve.csv")) == 2     # no such columns
     drawn = np.asarray(Image.open(tmp_path / "race.png"))
     assert drawn.shape == (420, 820, 3) and (drawn.std(2) > 20).sum() > 100     # coloured pixels
     small = "--size 16 --batch 8 --width 16 --heads 2 --device cpu --bricks"

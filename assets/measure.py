@@ -424,6 +424,10 @@ def save_plots(a):
     for path in map(Path, a.cases):
         x, y, by, log_x, join = PLOTS[path.stem]
         lines = read_log(path)
+        if not lines or not lines[0].keys() >= {x, y, by}:
+            raise ValueError(f"{path} is no log with the columns {x}, {y} and {by}")
+        if any(len({line[axis] for line in lines}) < 2 for axis in (x, y)):
+            raise ValueError(f"{path} has a single value of {x} or {y}: there is nothing to draw")
         for line in lines:              # runs/tiny-0, runs/tiny-1 and so on have one colour
             line[by] = re.sub(r"--ckpt \S*?([^/]+)-\d+/checkpoint.pt", r"\1", line[by])
         series = {name: [[float(line[axis]) for line in some] for axis in (x, y)]
@@ -452,7 +456,7 @@ def main(arguments=None):
     check_limits(p, a, dict(n=(16, 1 << 20), minutes=(1e-9, 1e6), epochs=(1, 10_000)))
     if a.command == "race" and not a.log:
         raise ValueError("race needs a log: name one with --log")
-    if a.command == "plot" and not {Path(case).stem for case in a.cases} <= PLOTS.keys():
+    if a.command == "plot" and not {Path(log).stem for log in a.cases or [""]} <= PLOTS.keys():
         raise ValueError(f"plot draws logs of the names {', '.join(PLOTS)} only")
     RUNS[a.command](a)
 
