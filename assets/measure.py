@@ -419,6 +419,11 @@ PLOTS = dict(levels=("sigma", "loss", "skipped", True, True),
              curve=("ms", "fine", "case", False, False))
 
 
+def any_seed(case):
+    """The name of a case of compare that runs/tiny-0, runs/tiny-1 and so on have in common."""
+    return re.sub(r"--ckpt \S*?([^/]+)-\d+/checkpoint.pt", r"\1", case)
+
+
 def save_plots(a):
     """Draw logs, each as its file name says, to pictures beside them."""
     for path in map(Path, a.cases):
@@ -428,8 +433,8 @@ def save_plots(a):
             raise ValueError(f"{path} is no log with the columns {x}, {y} and {by}")
         if any(len({line[axis] for line in lines}) < 2 for axis in (x, y)):
             raise ValueError(f"{path} has a single value of {x} or {y}: there is nothing to draw")
-        for line in lines:              # runs/tiny-0, runs/tiny-1 and so on have one colour
-            line[by] = re.sub(r"--ckpt \S*?([^/]+)-\d+/checkpoint.pt", r"\1", line[by])
+        for line in lines:
+            line[by] = any_seed(line[by])
         series = {name: [[float(line[axis]) for line in some] for axis in (x, y)]
                   for (name,), some in groups(lines, by).items()}
         save_picture(plot(series, x, y, log_x, join), path.with_suffix(".png"))
