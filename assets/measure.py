@@ -416,7 +416,7 @@ def plot(series, x, y, log_x=False, join=True):
 # logarithmic, and whether points are joined.
 PLOTS = dict(levels=("sigma", "loss", "skipped", True, True),
              race=("share", "last", "kind", False, False),
-             curve=("ms", "fine", "case", False, False))
+             curve=("gflops", "fine", "case", False, False))
 
 
 def any_seed(case):
