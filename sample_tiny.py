@@ -28,8 +28,8 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from lego import OBJECTIVES, SAMPLERS, Block, generator, load_checkpoint, write_aside
-from train_tiny import (Parser, check_limits, command, compile_blocks, flag, in_turns,
-                        peak_memory, pick_device, pick_precision, picture, save_picture, sheet_columns, table,
+from train_tiny import (Parser, check_limits, command, compile_blocks, flag, in_turns, peak_memory,
+                        pick_device, pick_precision, picture, save_picture, sheet_columns, table,
                         timed, to_bytes)
 
 LARGEST_SHEET = 1 << 26         # pixels of a picture that holds all samples

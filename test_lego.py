@@ -1433,7 +1433,7 @@ BAD_SAMPLING = named(
     "--ckpt README.md": "not a LEGO", "--ckpt nowhere.pt": "nowhere.pt", "--out x.bmp": "x.bmp",
     "--size 1024 --out x.gif": "name a folder", "--out README.md/s.png": "README.md",
     "--stages --bench": "not allowed with", "--stages --size 8": "take --size 16",
-    "--churn 1": "name one of them"}
+    "--sampler dpm2m --churn 1": "churn is for EDM and the samplers heun and euler: name one"}
 BAD_MEASURING = {
     "": "command", "weigh": "invalid choice", "compare --n 0": "--n must lie",
     "compare '--size 40x4'": "7 pixels", "compare '--label 1'": "--label",
