@@ -1692,14 +1692,12 @@ for rho, skip in ((0, ()), (1, others)):
 def fake(early):
     alone = np.array([[20., 20., 0.], [21, 21, 0]]) - 10
     for key, rise in (((1, True), 1), ((.4, True), early), ((.4, False), .9)):
-        stitched["fake", *key] = d_whole[:2] + rise * alone
+        stitched["fake", *key] = d_whole + rise * alone
     return verdict_of(*stitch_claims("fake", shape=SHAPE))
-whole_stack, d_whole = d_whole, d_whole[:2]
 assert fake(.05) == "supported" and fake(.2).startswith("not supported")
 assert "since it was not seen" in verdict_of({"a": (1., .1)}, {"b": (.1, .2)})
 assert verdict_of({"a": (.1, .2)}).startswith("not testable")
 assert verdict_of({"a": (.1, .2, .5)}).startswith("not supported")
-d_whole = whole_stack
 
 # Diffusion Classifier: labels share their noise, the control keeps sigma, elimination agrees.
 some, every = data.held(4)[0], torch.arange(CLASSES).repeat(4, 1)
@@ -1859,7 +1857,7 @@ def test_the_notebook_was_run_from_top_to_bottom():
     outputs = [out for cell in cells for out in cell["outputs"]]
     assert {out["output_type"] for out in outputs} <= {"stream", "display_data", "execute_result"}
     assert not any(out.get("name") == "stderr" for out in outputs)
-    assert NOTEBOOK.stat().st_size < 5e6
+    assert NOTEBOOK.stat().st_size < 4e6
 
 
 def test_every_cell_of_the_notebook_runs():
