@@ -1574,8 +1574,9 @@ def test_losses_of_subsets_are_those_of_the_estimates_of_x0(trained, tmp_path, c
         assert list(row.values())[1:] == pytest.approx(expected, rel=1e-4)
         assert line.split() == list(measure.written(row).values())
         here = [level for level in by_level if level["skipped"] == row["skipped"]]
-        found = [(level["sigma"], level["loss"]) for level in here]
-        wanted = [(levels[i].log().mean().exp().item(), loss[i].mean().item()) for i in order]
+        found = [(level["sigma"], level["loss"], level["ratio"]) for level in here]
+        wanted = [(levels[i].log().mean().exp().item(), loss[i].mean().item(),
+                   (loss[i].mean() / full[i].mean()).item()) for i in order]
         assert np.array(found) == pytest.approx(np.array(wanted), rel=1e-4)
 
 

@@ -340,7 +340,7 @@ def subset_losses(model, diffusion, data, autocast, count=512):
     """For each covering subset the bricks that it leaves out, the held-out loss of the last brick,
     also by quarter of noise level from low to high, its ratio to that of the full stack in the
     range of the removed brick where it is largest, and the GFLOPs of a default walk. A second
-    list has the loss at 16 noise levels."""
+    list has the loss at 16 noise levels, and its ratio to that of the full stack."""
     size, evaluations, rows, levels = model.config.size, diffusion.evaluations(), [], []
     images, labels, sigma, noise = held_out_batch(data, count)
     order, works = sigma.argsort(), model.config.active(sigma.log() / 4)         # (n,), (K, n)
@@ -358,7 +358,9 @@ def subset_losses(model, diffusion, data, autocast, count=512):
         rows.append(row | dict(ratio=max(ratios, default=1.0), gflops=sum(flops) / 1e9))
         for part in order.chunk(16):
             middle = float(sigma[part].log().mean().exp())
-            levels.append(dict(skipped=row["skipped"], sigma=middle, loss=float(loss[part].mean())))
+            ratio = float(loss[part].sum() / full[part].sum())
+            levels.append(dict(skipped=row["skipped"], sigma=middle, loss=float(loss[part].mean()),
+                               ratio=ratio))
     return rows, levels
 
 
@@ -384,10 +386,13 @@ def ticks(low, high, log):
 
 
 def plot(series, x, y, log_x=False, join=True):
-    """A picture of {name: (xs, ys)}, as points that are joined by lines or not. x and y are the
-    names of the axes, of which x may be logarithmic."""
-    W, H, left, right, top, bottom = 1640, 840, 130, 1000, 60, 740       # halved at the end
-    image, font = Image.new("RGB", (W, H), "white"), ImageFont.load_default(26)
+    """A picture of {name: (xs, ys)}. x and y say what the axes show, and x may be logarithmic.
+    Points are joined by lines or not. If those of a name have one x, such as seeds have, a letter
+    marks their mean and a bar their range."""
+    W, H, font = 1640, 840, ImageFont.load_default(26)                   # halved at the end
+    left, right = 130, W - 110 - max(map(font.getlength, series))
+    top, bottom = 60, 740
+    image = Image.new("RGB", (W, H), "white")
     draw, (xs, ys) = ImageDraw.Draw(image), map(np.concatenate, zip(*series.values()))
     warp = np.log if log_x else np.asarray
     X = lambda v: left + 30 + (right - left - 60) * (warp(v) - warp(xs.min())) / np.ptp(warp(xs))
@@ -401,22 +406,31 @@ def plot(series, x, y, log_x=False, join=True):
         draw.text((left - 14, Y(value)), f"{value:.4g}", "black", font, "rm")
     draw.text(((left + right) / 2, H - 30), x, "black", font, "mm")
     draw.text((left, 28), y, "black", font, "lm")
+    bars = not join and all(len(set(line[0])) == 1 for line in series.values())
     for i, (name, line) in enumerate(series.items()):
         colour = f"hsl({210 + 360 * i // len(series)}, 65%, 42%)"
-        points = list(zip(X(np.array(line[0])), Y(np.array(line[1]))))
+        across, up = X(np.array(line[0])), Y(np.array(line[1]))
+        if bars:
+            draw.line((across[0], up.min(), across[0], up.max()), colour, 6)
+            across, up = across[:1], [up.mean()]
+        points = list(zip(across, up))
         if join:
             draw.line(points, colour, 4, "curve")
         for place in [*points, (right + 30, top + 20 + 42 * i)]:
-            draw.circle(place, 8, colour)
-        draw.text((right + 50, top + 20 + 42 * i), name, "black", font, "lm")
+            draw.circle(place, 16 if bars else 8, colour)
+            draw.text(place, chr(ord("a") + i) if bars else "", "white", font, "mm")
+        draw.text((right + 56, top + 20 + 42 * i), name, "black", font, "lm")
     return image.resize((W // 2, H // 2), Image.LANCZOS)
 
 
-# Of every log the columns across and up, that of the colours, whether the axis across is
-# logarithmic, and whether points are joined.
-PLOTS = dict(levels=("sigma", "loss", "skipped", True, True),
-             race=("share", "last", "kind", False, False),
-             curve=("gflops", "fine", "case", False, False))
+# Of every log the columns across and up, the names of these axes, the column of the colours,
+# whether the axis across is logarithmic, and whether points are joined.
+PLOTS = dict(
+    levels=("sigma", "ratio", "sigma", "loss without these bricks, over that of the whole stack",
+            "skipped", True, True),
+    race=("share", "last", "part of the run that is done", "held-out loss", "kind", False, False),
+    curve=("gflops", "fine", "GFLOPs for an image", "distance from true scenes, fine structure",
+           "case", True, False))
 
 
 def any_seed(case):
@@ -425,19 +439,19 @@ def any_seed(case):
 
 
 def save_plots(a):
-    """Draw logs, each as its file name says, to pictures beside them."""
+    """Draw logs, each as its file name says, to pictures beside them. The true images of compare,
+    which cost nothing, are left out."""
     for path in map(Path, a.cases):
-        x, y, by, log_x, join = PLOTS[path.stem]
+        x, y, across, up, by, log_x, join = PLOTS[path.stem]
         lines = read_log(path)
         if not lines or not lines[0].keys() >= {x, y, by}:
             raise ValueError(f"{path} is no log with the columns {x}, {y} and {by}")
+        lines = [line | {by: any_seed(line[by])} for line in lines if float(line[x])]
         if any(len({line[axis] for line in lines}) < 2 for axis in (x, y)):
             raise ValueError(f"{path} has a single value of {x} or {y}: there is nothing to draw")
-        for line in lines:
-            line[by] = any_seed(line[by])
         series = {name: [[float(line[axis]) for line in some] for axis in (x, y)]
                   for (name,), some in groups(lines, by).items()}
-        save_picture(plot(series, x, y, log_x, join), path.with_suffix(".png"))
+        save_picture(plot(series, across, up, log_x, join), path.with_suffix(".png"))
 
 
 RUNS = dict(compare=print_compare, subsets=print_subsets, pace=print_pace, race=print_race,
