@@ -353,14 +353,13 @@ def subset_losses(model, diffusion, data, autocast, count=512):
         for i, part in enumerate(order.chunk(4)):
             row[f"quarter{i + 1}"] = float(loss[part].mean())
         ranges = [here for here in works[list(skip)] if here.any()]
-        ratios = [float(loss[here].sum() / full[here].sum()) for here in ranges]
+        ratio = lambda some: float(loss[some].sum() / full[some].sum())
         flops = [sum(model.flops(size, size, skip, level)) for _, level in evaluations]
-        rows.append(row | dict(ratio=max(ratios, default=1.0), gflops=sum(flops) / 1e9))
+        rows.append(row | dict(ratio=max(map(ratio, ranges), default=1.0), gflops=sum(flops) / 1e9))
         for part in order.chunk(16):
             middle = float(sigma[part].log().mean().exp())
-            ratio = float(loss[part].sum() / full[part].sum())
             levels.append(dict(skipped=row["skipped"], sigma=middle, loss=float(loss[part].mean()),
-                               ratio=ratio))
+                               ratio=ratio(part)))
     return rows, levels
 
 
@@ -387,8 +386,8 @@ def ticks(low, high, log):
 
 def plot(series, x, y, log_x=False, join=True):
     """A picture of {name: (xs, ys)}. x and y say what the axes show, and x may be logarithmic.
-    Points are joined by lines or not. If those of a name have one x, such as seeds have, a letter
-    marks their mean and a bar their range."""
+    Points are joined by lines or not. If they are not, and those of every name share an x, as
+    seeds do, a letter marks their mean and a bar their range."""
     W, H, font = 1640, 840, ImageFont.load_default(26)                   # halved at the end
     left, right = 130, W - 110 - max(map(font.getlength, series))
     top, bottom = 60, 740
@@ -409,6 +408,7 @@ def plot(series, x, y, log_x=False, join=True):
     bars = not join and all(len(set(line[0])) == 1 for line in series.values())
     for i, (name, line) in enumerate(series.items()):
         colour = f"hsl({210 + 360 * i // len(series)}, 65%, 42%)"
+        letter, radius = (chr(ord("a") + i), 16) if bars else ("", 8)
         across, up = X(np.array(line[0])), Y(np.array(line[1]))
         if bars:
             draw.line((across[0], up.min(), across[0], up.max()), colour, 6)
@@ -417,8 +417,8 @@ def plot(series, x, y, log_x=False, join=True):
         if join:
             draw.line(points, colour, 4, "curve")
         for place in [*points, (right + 30, top + 20 + 42 * i)]:
-            draw.circle(place, 16 if bars else 8, colour)
-            draw.text(place, chr(ord("a") + i) if bars else "", "white", font, "mm")
+            draw.circle(place, radius, colour)
+            draw.text(place, letter, "white", font, "mm")
         draw.text((right + 56, top + 20 + 42 * i), name, "black", font, "lm")
     return image.resize((W // 2, H // 2), Image.LANCZOS)
 
@@ -439,14 +439,14 @@ def any_seed(case):
 
 
 def save_plots(a):
-    """Draw logs, each as its file name says, to pictures beside them. The true images of compare,
-    which cost nothing, are left out."""
+    """Draw logs, each as its file name says, to pictures beside them. What costs nothing, as the
+    true images of compare do, has no place on a logarithmic axis and is left out."""
     for path in map(Path, a.cases):
         x, y, across, up, by, log_x, join = PLOTS[path.stem]
         lines = read_log(path)
         if not lines or not lines[0].keys() >= {x, y, by}:
             raise ValueError(f"{path} is no log with the columns {x}, {y} and {by}")
-        lines = [line | {by: any_seed(line[by])} for line in lines if float(line[x])]
+        lines = [line | {by: any_seed(line[by])} for line in lines if not log_x or float(line[x])]
         if any(len({line[axis] for line in lines}) < 2 for axis in (x, y)):
             raise ValueError(f"{path} has a single value of {x} or {y}: there is nothing to draw")
         series = {name: [[float(line[axis]) for line in some] for axis in (x, y)]
