@@ -101,6 +101,7 @@ class LegoConfig:
     local_mlp: bool = True      # True: an MLP makes a token (paper). False: one linear map
     residual: bool = True       # True: a brick adds to z (ours). False: it replaces z
     detach: bool = True         # True: no gradient flows back through z (ours)
+    qk_norm: bool = True        # True: queries and keys are normalised (ours)
     released: bool = False      # True: the coordinates, GELU and time features of released code
 
     def __post_init__(self):
@@ -144,7 +145,7 @@ class LegoConfig:
     def official(cls, stack, classes=10, **settings):
         """The released network: linear enrichment, z replaced, gradients through z."""
         return cls.parse(stack, classes=classes, local_mlp=False, residual=False, detach=False,
-                         released=True, **settings)
+                         qk_norm=False, released=True, **settings)
 
     def __str__(self):
         return " ".join(map(str, self.bricks))
@@ -242,6 +243,7 @@ class Block(nn.Module):
         self.gelu = "tanh" if config.released else "none"
         self.adaln = nn.Linear(D, 6 * D)
         self.qkv = nn.Linear(D, 3 * D)
+        self.sharpness = nn.Parameter(torch.ones(D // self.heads)) if config.qk_norm else None
         self.proj = nn.Linear(D, D)
         self.fc1 = nn.Linear(D, config.mlp_ratio * D)
         self.fc2 = nn.Linear(config.mlp_ratio * D, D)
@@ -252,6 +254,11 @@ class Block(nn.Module):
         same. mask (B * R, 1, N, N) is True where a token may look (None: everywhere)."""
         B, R, N, D = h.shape
         q, k, v = self.qkv(h).view(B * R, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.sharpness is not None:
+            # QK-norm (Dehghani et al. 2023): without it the scores of some head grow in a long
+            # run until bfloat16 is too coarse for them, and the loss jumps up.
+            q = layer_norm(q, q.shape[-1:], self.sharpness)
+            k = layer_norm(k, k.shape[-1:])
         mixed = attention(q, k, v, mask)                                 # (B * R, heads, N, d)
         return self.proj(mixed.transpose(1, 2).reshape(B, R, N, D))
 
@@ -947,7 +954,7 @@ for _name, _stack in {
 
 # ---- Checkpoints ---------------------------------------------------------------------
 
-FORMAT = 2      # of checkpoints; the first one knew no noise ranges
+FORMAT = 3      # of checkpoints; 1 knew no noise ranges, and 2 no QK-norm
 
 
 def write_aside(path, write):
@@ -1043,7 +1050,7 @@ def load_official(model, state_dict):
     `torch.save(ema.model.state_dict(), "weights.pt")`, and read that file with
     `torch.load("weights.pt", weights_only=True)`. Their fixed position tables, where the file
     has them, are compared with ours. ValueError if config, names, shapes or tables do not fit."""
-    official = dict(local_mlp=False, residual=False, detach=False, released=True)
+    official = dict(local_mlp=False, residual=False, detach=False, qk_norm=False, released=True)
     if model.config != replace(model.config, **official):
         raise ValueError("the model is not the released network: make it from LegoConfig.official")
     ours = {}

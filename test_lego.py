@@ -217,6 +217,17 @@ def test_a_new_network_is_zero_and_its_blocks_the_identity():
     assert torch.equal(model.bricks[0].blocks[0](h, rand(2, 16)), h)
 
 
+def test_attention_is_deaf_to_the_length_of_queries_and_keys():
+    block, h = filled(SMALL).bricks[0].blocks[0].double(), 9 * rand(2, 4, 16, 16).double()
+    mixed, D = block.mix(h), SMALL.width
+    with torch.no_grad():
+        block.qkv.weight[:2 * D] *= 1e3     # as a long run of Muon would
+        block.qkv.bias[:2 * D] *= 1e3
+    assert torch.allclose(block.mix(h), mixed, rtol=1e-3) and mixed.std() > 0.01
+    block.sharpness.data *= 2
+    assert not torch.allclose(block.mix(h), mixed, rtol=1e-1)
+
+
 def slow_norm(h, shift, scale):
     return layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
@@ -227,6 +238,10 @@ def slow_block(block, h, c, config):
     qkv = block.qkv(slow_norm(h, shift1, scale1)).chunk(3, -1)
     heads = []
     for q, k, v in zip(*(each.chunk(config.heads, -1) for each in qkv)):
+        if config.qk_norm:
+            q, k = (e - e.mean(-1, keepdim=True) for e in (q, k))
+            q, k = (e / (e.var(-1, False, keepdim=True) + 1e-5).sqrt() for e in (q, k))
+            q = q * block.sharpness
         heads.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v)
     h = h + gate1 * block.proj(torch.cat(heads, -1))
     hidden = block.fc1(slow_norm(h, shift2, scale2))
@@ -285,11 +300,11 @@ def random_config(number):
         noise = (low, [None, 2.5, 9.][number(0, 2) if k else 0])
         stack.append(BrickSpec(patch * number(1, 6), patch, number(1, 2), noise))
     first = number(0, len(stack) - 1)
-    local_mlp, residual, released = (bool(number(0, 1)) for _ in range(3))
+    local_mlp, residual, released, qk_norm = (bool(number(0, 1)) for _ in range(4))
     return LegoConfig(
         tuple(stack[first:] + stack[:first]), width=12, heads=number(1, 3), channels=number(1, 3),
         classes=number(0, 2), size=number(1, 12), mlp_ratio=number(1, 2), local_mlp=local_mlp,
-        residual=residual, released=released)
+        residual=residual, released=released, qk_norm=qk_norm)
 
 
 @pytest.mark.parametrize("seed", [

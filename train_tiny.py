@@ -1238,7 +1238,7 @@ def bench(trainer, rounds=20):
     product of 2048^3, the best of three, of whose speed the step reaches a share."""
     s, device, config = trainer.s, trainer.device, trainer.config
     bricks = tuple(replace(b, noise=(None, None)) for b in config.bricks)
-    released = dict(local_mlp=False, residual=False, detach=False, released=True)
+    released = dict(local_mlp=False, residual=False, detach=False, qk_norm=False, released=True)
 
     def case(config=config, **changes):
         settings = argparse.Namespace(**vars(s) | dict(precision="bf16") | changes)
