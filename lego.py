@@ -88,6 +88,11 @@ class BrickSpec:
         return f"{self.region}/{self.patch}x{self.depth}{noise}"
 
 
+# The settings of the released network: linear enrichment, z replaced, gradients through z, and no
+# QK-norm.
+RELEASED = dict(local_mlp=False, residual=False, detach=False, qk_norm=False, released=True)
+
+
 @dataclass(frozen=True)
 class LegoConfig:
     """A whole network. ValueError for parts that do not fit."""
@@ -143,9 +148,8 @@ class LegoConfig:
 
     @classmethod
     def official(cls, stack, classes=10, **settings):
-        """The released network: linear enrichment, z replaced, gradients through z."""
-        return cls.parse(stack, classes=classes, local_mlp=False, residual=False, detach=False,
-                         qk_norm=False, released=True, **settings)
+        """The released network, for a stack as `parse` reads it."""
+        return cls.parse(stack, classes=classes, **RELEASED, **settings)
 
     def __str__(self):
         return " ".join(map(str, self.bricks))
@@ -1050,8 +1054,7 @@ def load_official(model, state_dict):
     `torch.save(ema.model.state_dict(), "weights.pt")`, and read that file with
     `torch.load("weights.pt", weights_only=True)`. Their fixed position tables, where the file
     has them, are compared with ours. ValueError if config, names, shapes or tables do not fit."""
-    official = dict(local_mlp=False, residual=False, detach=False, qk_norm=False, released=True)
-    if model.config != replace(model.config, **official):
+    if model.config != replace(model.config, **RELEASED):
         raise ValueError("the model is not the released network: make it from LegoConfig.official")
     ours = {}
     for name, tensor in state_dict.items():

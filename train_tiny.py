@@ -43,8 +43,8 @@ from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from lego import (EDM, OBJECTIVES, PRESETS, Block, Lego, LegoConfig, generator, read_checkpoint,
-                  save_checkpoint, write_aside)
+from lego import (EDM, OBJECTIVES, PRESETS, RELEASED, Block, Lego, LegoConfig, generator,
+                  read_checkpoint, save_checkpoint, write_aside)
 
 # ---- Built-in landscapes -------------------------------------------------------------
 
@@ -1238,7 +1238,6 @@ def bench(trainer, rounds=20):
     product of 2048^3, the best of three, of whose speed the step reaches a share."""
     s, device, config = trainer.s, trainer.device, trainer.config
     bricks = tuple(replace(b, noise=(None, None)) for b in config.bricks)
-    released = dict(local_mlp=False, residual=False, detach=False, qk_norm=False, released=True)
 
     def case(config=config, **changes):
         settings = argparse.Namespace(**vars(s) | dict(precision="bf16") | changes)
@@ -1252,7 +1251,7 @@ def bench(trainer, rounds=20):
         "all regions and noise levels, bf16": case(
             replace(config, bricks=bricks), region_fraction="1"),
         "the same, released network, fp32": case(
-            replace(config, bricks=bricks, **released), region_fraction="1", precision="fp32")}
+            replace(config, bricks=bricks, **RELEASED), region_fraction="1", precision="fp32")}
     if device.type == "cuda":
         cases["as trained, bf16, eager"] = eager = case()
         eager.graph = None
