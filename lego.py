@@ -122,6 +122,9 @@ class LegoConfig:
             fits = math.ceil(self.width / step) * step
             raise ValueError(f"{self.heads} heads and 4 must divide width {self.width}: "
                              f"take width {fits}")
+        if self.qk_norm and self.width == self.heads:
+            raise ValueError(f"QK-norm leaves nothing of heads of width 1: take fewer heads than "
+                             f"{self.heads}, or qk_norm=False")
         reached = 0.0
         end = (math.inf, math.inf)              # an empty range, which shows a gap below infinity
         for low, high in sorted([b.noise for b in bricks]) + [end]:
@@ -958,7 +961,7 @@ for _name, _stack in {
 
 # ---- Checkpoints ---------------------------------------------------------------------
 
-FORMAT = 3      # of checkpoints; 1 knew no noise ranges, and 2 no QK-norm
+FORMAT = 3      # of checkpoints; 1 knew no noise ranges, and 2, which can be read, no QK-norm
 
 
 def write_aside(path, write):
@@ -1002,9 +1005,11 @@ def read_checkpoint(path):
             if any(member.compress_type for member in archive.infolist()) or archive.testzip():
                 raise ValueError("it is compressed, or a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.get("format") != FORMAT:
-            raise ValueError(f"its format is {state.get('format', 1)}, and this lego.py reads "
-                             f"{FORMAT}: use the one that wrote it, or train anew")
+        if state.get("format") == 2:
+            state["config"]["qk_norm"] = False
+        elif state.get("format") != FORMAT:
+            raise ValueError(f"its format is {state.get('format', 1)}, and this lego.py reads 2 "
+                             f"and {FORMAT}: use the one that wrote it, or train anew")
         state["config"] = LegoConfig(**state["config"])
         weights = state["weights"].values()
         if sum(w.numel() * w.element_size() for w in weights) > Path(path).stat().st_size:

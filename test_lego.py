@@ -184,6 +184,7 @@ def test_mistakes_say_what_to_change():
     model, x, t = filled(SMALL), rand(1, 3, 16, 16), torch.zeros(1)
     narrow = filled(LegoConfig.parse("8/2x1 4/2x1@0.4:0.41", width=8, heads=2))
     refuses("classes must be", replace, SMALL, classes=-1)
+    refuses("heads of width 1", replace, SMALL, heads=16)
     refuses("cannot skip [0, 1, 2, 3]", model, x, t, skip=range(4))
     refuses("cannot skip [-1]", model, x, t, skip=[-1])
     refuses("cannot skip [7]", model.flops, 16, 16, skip=[7])
@@ -715,6 +716,14 @@ def test_nothing_but_a_checkpoint_is_opened(tmp_path):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "owned").exists()
     refuses("its format is", load_checkpoint, tmp_path / "old.pt")
+
+
+def test_a_checkpoint_of_before_qk_norm_is_read_as_one_without(tmp_path):
+    save_checkpoint(path := tmp_path / "c.pt", model := filled(replace(SMALL, qk_norm=False)))
+    state = torch.load(path, weights_only=True)
+    del state["config"]["qk_norm"]
+    torch.save(state | dict(format=2), path)
+    assert same(again := load_checkpoint(path), model) and again.config == model.config
 
 
 def test_a_flipped_bit_is_noticed(tmp_path):
