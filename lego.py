@@ -256,9 +256,8 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(config.mlp_ratio * D, D)
         self.takes_mask = "mask" in inspect.signature(self.mix).parameters
 
-    def mix(self, h, mask=None):
-        """The one place where tokens meet: attention within each region, (B, R, N, D) to the
-        same. mask (B * R, 1, N, N) is True where a token may look (None: everywhere)."""
+    def attention_inputs(self, h):
+        """Queries, keys and values (B * R, heads, N, d) of tokens h (B, R, N, D)."""
         B, R, N, D = h.shape
         q, k, v = self.qkv(h).view(B * R, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if self.sharpness is not None:
@@ -266,8 +265,13 @@ class Block(nn.Module):
             # run until bfloat16 is too coarse for them, and the loss jumps up.
             q = layer_norm(q, q.shape[-1:], self.sharpness)
             k = layer_norm(k, k.shape[-1:])
-        mixed = attention(q, k, v, mask)                                 # (B * R, heads, N, d)
-        return self.proj(mixed.transpose(1, 2).reshape(B, R, N, D))
+        return q, k, v
+
+    def mix(self, h, mask=None):
+        """The one place where tokens meet: attention within each region, (B, R, N, D) to the
+        same. mask (B * R, 1, N, N) is True where a token may look (None: everywhere)."""
+        mixed = attention(*self.attention_inputs(h), mask)               # (B * R, heads, N, d)
+        return self.proj(mixed.transpose(1, 2).reshape(h.shape))
 
     def forward(self, h, c, mask=None):
         if mask is not None and not self.takes_mask:
