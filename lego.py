@@ -22,7 +22,8 @@ A LEGO network is a stack of bricks, which hand on z, an estimate of F at full r
 
 All bricks estimate the same F, so any of them can be left out: z then passes it by, unchanged.
 Ours: a brick may also state the noise levels at which it works. Outside of them it is
-skipped, in training (to the nearest image of a batch) and sampling alike, and costs nothing.
+skipped, in training and sampling alike, and costs nothing. (A batch in training is in order of
+noise, and there the ends of a range are rounded to whole images.)
 
 SPDX-License-Identifier: MIT
 """
@@ -145,8 +146,7 @@ class LegoConfig:
                 raise ValueError(f"cannot read brick {word!r}: write region/patch x depth, such "
                                  f"as 32/4x6, or with a noise range 16/2x4@0.1:0.4")
             region, patch, depth, low, high = match.groups()
-            noise = float(low or 0), float(high or math.inf)
-            bricks.append(BrickSpec(int(region), int(patch), int(depth), noise))
+            bricks.append(BrickSpec(int(region), int(patch), int(depth), (low, high)))
         return cls(tuple(bricks), **settings)
 
     @classmethod
@@ -178,8 +178,9 @@ class LegoConfig:
         if bare.any():
             sigma = (4 * c_noise[bare]).exp()
             cover = works[:, bare].any(1).nonzero().flatten().tolist()
-            raise ValueError(f"no brick is left from sigma {sigma.min():.3g} to {sigma.max():.3g} "
-                             f"without {sorted(skip)}: of these, keep some of {cover}")
+            raise ValueError(f"without bricks {sorted(skip)} none is left from sigma "
+                             f"{sigma.min():.3g} to {sigma.max():.3g}: keep at least one of "
+                             f"{cover}")
         return runs
 
     def running(self, sigma, skip=()):
@@ -189,7 +190,8 @@ class LegoConfig:
 
 
 def check_whole_numbers(spec, **minimums):
-    """ValueError unless these fields are whole numbers from their minimum to 16384."""
+    """ValueError unless these fields are whole numbers from their minimum to 16384, a bound that
+    stops a typing error or a hostile file before it asks for all memory."""
     for name, least in minimums.items():
         value = getattr(spec, name)
         if type(value) is not int or not least <= value <= 16384:
@@ -233,7 +235,8 @@ def attention(q, k, v, mask=None):
 
 
 def modulate(h, shift, scale):
-    """Layer norm without weights of its own, times 1 + scale, plus shift (adaLN)."""
+    """Layer norm without weights of its own, times 1 + scale, plus shift (adaLN). Here and in
+    blocks, addcmul does in one pass over the memory what takes a product and a sum two."""
     return torch.addcmul(shift, layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
 
 
@@ -335,11 +338,11 @@ class Grid:
         return real[:, :, None] == real[:, None, :]
 
     def coordinates(self, device):
-        """The place (R, N, p * p, 2) of every pixel: row and column, from -1 to 1 over the
-        image in training (released code: over the canvas), and beyond that in padding."""
-        rows = self.axis(self.rows, self.top, self.H, device)
-        columns = self.axis(self.columns, self.left, self.W, device)
-        place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+        """The place (R, N, p * p, 2) of every pixel: row and column, from -1 to 1 over an
+        image of the training size (released code: over the canvas)."""
+        down = self.axis(self.rows, self.top, self.H, device)
+        across = self.axis(self.columns, self.left, self.W, device)
+        place = torch.stack(torch.meshgrid(down, across, indexing="ij"))
         return self.tile(place[None])[0]
 
     def axis(self, regions, before, length, device):
@@ -356,7 +359,8 @@ class Grid:
 
 # ---- The brick -----------------------------------------------------------------------
 
-CHUNK = {"cpu": 4096}       # tokens that a brick works on at a time in sampling; else 65536
+CHUNK = {"cpu": 4096}       # tokens that a brick works on at a time when it samples. Other
+                            # devices take 65536, and training takes all.
 
 
 class Brick(nn.Module):
@@ -390,13 +394,13 @@ class Brick(nn.Module):
 
         B, R, N, _ = pixels.shape
         regions = torch.arange(R, device=x.device) if regions is None else regions
-        few = R if torch.is_grad_enabled() else CHUNK.get(x.device.type, 65536) // (B * N)
+        at_once = R if torch.is_grad_enabled() else CHUNK.get(x.device.type, 65536) // (B * N)
         shift, scale = self.adaln(c)[:, None, None].chunk(2, -1)         # each (B, 1, 1, D)
         new = []
-        for some in regions.split(max(1, few)):     # few at a time, which takes little memory
-            h = self.enrich(pixels[:, some].to(c.dtype))                 # (B, few, N, D)
+        for some in regions.split(max(1, at_once)):     # a few, which take little memory
+            h = self.enrich(pixels[:, some].to(c.dtype))                 # (B, some, N, D)
             h = self.orchestrate(h, c, None if mask is None else mask[some])
-            h = self.decode(modulate(h, shift, scale))                   # (B, few, N, p * p * C)
+            h = self.decode(modulate(h, shift, scale))                   # (B, some, N, p * p * C)
             new.append(h.to(x.dtype))
         new, old = torch.cat(new, 1), old.flatten(3)
         if self.config.residual:
@@ -422,6 +426,12 @@ class Brick(nn.Module):
 # ---- The stack -----------------------------------------------------------------------
 
 
+def check_labels(labels, B):
+    """ValueError unless there is a label for each of B images, or none at all."""
+    if labels is not None and labels.shape != (B,):
+        raise ValueError(f"{B} images need labels of the shape ({B},), found {tuple(labels.shape)}")
+
+
 class Lego(nn.Module):
     """The stack of bricks, which share one embedding of noise level and label. `block` is the
     class of their blocks. `info` is a plain dictionary that checkpoints keep; its "objective"
@@ -444,6 +454,7 @@ class Lego(nn.Module):
 
     def condition(self, c_noise, labels):
         """c (B, D), after the SiLU of adaLN, so that blocks need only a linear layer."""
+        check_labels(labels, len(c_noise))
         t = c_noise if self.config.released else 4 * c_noise             # 4 c_noise is ln(sigma)
         c = self.time(time_features(t).to(self.time[0].weight.dtype))
         if self.label is not None:
@@ -467,8 +478,8 @@ class Lego(nn.Module):
         x is c_in times the noisy images, of any H and W. c_noise (B,) is ln(sigma)/4. A brick
         runs for the images in its noise range, unless `rows` says for which, and is trusted.
         labels (B,) go from 0 to classes; the last one, like None, means "no label". ValueError
-        if `skip` names an unknown brick or leaves an image without one, and for labels where
-        there are no classes."""
+        if `skip` names an unknown brick or leaves an image without one, and for labels of
+        another shape or where there are no classes."""
         skip = self.config.checked(skip)
         if rows is None:
             rows = self.config.active(c_noise.cpu(), skip)               # (K, B), bool
@@ -595,7 +606,7 @@ def normal(shape, generator, device):
 
 # ---- Diffusion -----------------------------------------------------------------------
 
-REFINE = 0.3            # the noise level from which an enlarged canvas is denoised again
+REFINE = 0.3            # An enlarged canvas is denoised again from this noise level or lower.
 
 
 def pick_regions(spec, fraction, H, W, point):
@@ -642,13 +653,15 @@ class Diffusion:
         """The loss of a step: (scalar, losses (B, K) of every brick, sigma (B,)).
 
         A brick's loss for an image of x0 is the mean squared error of F (paper, equation 6, with
-        weight 1 / c_out^2), NaN if it did not run. The scalar is their sum, divided by B K, or
-        with supervise_all=False the mean of the last brick's, divided by B.
+        weight 1 / c_out^2), NaN if it did not run. The scalar is the sum of all of them over B K,
+        or with supervise_all=False the mean, over the images, of the last brick's.
         brick_drop is a number or a tensor (K,), and a hidden result is learnt from all the
         same. With supervise_all=False take detach=False, so that other bricks learn as well.
         Of several processes, a rank has every world-th of the noise levels, and draws are those
-        of the whole batch. ValueError if a brick works at none of the levels of a batch."""
+        of the whole batch. ValueError if a brick works at none of the levels of a batch, if
+        `skip` leaves an image without a brick, and for labels of another shape than (B,)."""
         B, C, H, W = x0.shape
+        check_labels(labels, B)
         (rank, world), device, config = shard, x0.device, model.config
         n, K = world * B, len(config.bricks)
 
@@ -658,11 +671,9 @@ class Diffusion:
         # Noise: the levels rise, so that each brick runs on a slice of the batch.
         order = torch.arange(B, device=device)                           # the image of each level
         if sigma is None:
-            rows = self.rows(config, n, shard)
+            rows = self.rows(config, n, shard, skip)
             sigma = self.sigma_at((torch.arange(rank, n, world, device=device) + draw()) / n)
             order = draw().argsort() if shuffle else order
-            if skip:                            # a ValueError if some level has no brick left
-                config.active(sigma.cpu().log() / 4, skip)
         else:
             rows = config.active(sigma.cpu().log() / 4, skip)
         x0 = x0[order]
@@ -697,17 +708,24 @@ class Diffusion:
         level = order.argsort()                                          # the level of each image
         return scalar, losses[level], sigma[level]
 
-    def rows(self, config, n, shard=(0, 1)):
+    def rows(self, config, n, shard=(0, 1), skip=()):
         """For every brick its slice of a batch of n images in order of noise: the share of the
-        training levels in its range, rounded to whole images. ValueError if that is none."""
-        (rank, world), rows = shard, []
+        training levels in its range, rounded to whole images. ValueError if that is none, or if
+        `skip` leaves an image without a brick."""
+        (rank, world), rows, bare = shard, [], set(range(n))
+        skip = config.checked(skip)
         for k, spec in enumerate(config.bricks):
             first, end = (round(n * self.quantile(sigma)) for sigma in spec.noise)
             if first == end:
                 raise ValueError(f"brick {k} ({spec}) works at none of the {n} noise levels of a "
                                  f"batch: take a larger batch, or widen its noise range")
+            if k not in skip:
+                bare -= set(range(first, end))
             # This rank has the images rank, rank + world, ...
             rows.append(slice(math.ceil((first - rank) / world), math.ceil((end - rank) / world)))
+        if bare:
+            raise ValueError(f"without bricks {sorted(skip)} none is left for {len(bare)} of the "
+                             f"{n} noise levels of a batch: skip fewer of them")
         return rows
 
     def denoise(self, model, x, sigma, labels=None, *, skip=(), guidance=1.0, return_all=False,
@@ -718,9 +736,10 @@ class Diffusion:
         Guidance g other than 1 is none + g (label - none), the estimates with and without label.
         ValueError if there are no labels to guide with, or if no brick is left."""
         rows = None
-        if not torch.is_tensor(sigma):          # the same bricks for all, known without a look
-            run = model.config.running(sigma, skip)
-            rows = [slice(None if k in run else 0) for k in range(len(model.config.bricks))]
+        if not torch.is_tensor(sigma):          # For a number the same bricks run for all images,
+            run = model.config.running(sigma, skip)     # and a GPU need not be asked which.
+            nobody, everybody = slice(0), slice(None)
+            rows = [everybody if k in run else nobody for k in range(len(model.config.bricks))]
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma.view(-1, 1, 1, 1))
         inputs, c_noise = c_in * x, c_noise.flatten()
@@ -794,8 +813,10 @@ class Diffusion:
         2. It is made in whole training widths, of which the middle is cut out. If there are
            several, the edges meet as in a panorama, which turns under the regions at every
            step, so that no seam stays.
-        3. It is enlarged by at most two at a time. Each time noise of the level REFINE is added
-           and removed again, while the grid of regions shifts both ways.
+        3. It is enlarged by at most two at a time. Each time noise is added and removed again,
+           while the grid of regions shifts both ways. This begins at the first level of the walk
+           that is at most REFINE: a walk of 6 steps or fewer adds little detail, and one that
+           began higher would draw a scene into every region.
         4. A canvas lower than in training is a shrunken one."""
         skips = self.schedule(model.config, skip, steps, sampler, churn)
         levels, device = self.levels(len(skips)), next(model.parameters()).device
@@ -947,7 +968,7 @@ for _name, _stack in {
         "S-U-64": "64/2x6 16/8x4 4/2x2 16/8x4 64/2x6",
         "S-U-32": "32/2x6 16/8x4 4/2x2 16/8x4 32/2x6",
         "L-PG-64": "4/2x6 16/8x8 64/2x12",
-        "L-PG-64-released": "4/2x6 16/8x6 64/2x12",
+        "L-PG-64-released": "4/2x6 16/8x6 64/2x12",     # by the size of the published weights
         "L-PG-32": "4/2x4 16/8x8 32/2x12",
         "L-U-64": "64/2x12 16/8x8 4/2x6 16/8x8 64/2x12",
         "L-U-32": "32/2x12 16/8x8 4/2x6 16/8x8 32/2x12",

@@ -67,6 +67,8 @@ def read_flags(arguments=None):
     a = p.parse_args(arguments)
     check_limits(p, a, dict(n=(1, 1 << 32), batch=(1, 1 << 16), steps=(1, 10_000),
                             seed=(0, 1 << 64), guidance=(0, 1000), churn=(0, 1000)))
+    if a.stages and a.churn:
+        p.error("--stages shows the noise levels of a walk, which --churn changes: leave one out")
     return a
 
 
@@ -369,7 +371,7 @@ def bench(sampler, rounds=8):
         saved = 1 - flops[skip] / flops[()]
         name, spread = ",".join(map(str, skip)), f"{middle:.4g} ({low:.4g} to {high:.4g})"
         print(f"{name or 'nothing':<9} {flops[skip] / 1e9:>6.2f}   {spread:<23} {1 - saved:>6.1%}  "
-              f"{share:>6.1%}   " + (f"{(1 - share) / saved:.2f}" if skip else ""))
+              f"{share:>6.1%}   " + (f"{(1 - share) / saved:.2f}" if saved else ""))
 
 
 def main(arguments=None, block=Block):

@@ -1,5 +1,5 @@
 """Tests of values, not of shapes: `python -m pytest -q`. They need no file from elsewhere and
-take two minutes on 2 cores; `python -m pytest -q -m slow` runs the long ones.
+take four to seven minutes on 2 cores; `python -m pytest -q -m slow` runs the long ones.
 
 SPDX-License-Identifier: MIT
 """
@@ -188,7 +188,8 @@ def test_mistakes_say_what_to_change():
     refuses("cannot skip [0, 1, 2, 3]", model, x, t, skip=range(4))
     refuses("cannot skip [-1]", model, x, t, skip=[-1])
     refuses("cannot skip [7]", model.flops, 16, 16, skip=[7])
-    refuses("without [1, 2]", EDM().loss, filled(RANGED), x.repeat(4, 1, 1, 1), skip=[1, 2])
+    refuses("without bricks [1, 2] none", EDM().loss, filled(RANGED), x.repeat(4, 1, 1, 1),
+            skip=[1, 2])
     refuses("no classes", narrow, x, t, torch.tensor([0]))
     refuses("needs labels", EDM().denoise, model, x, 1., guidance=2.)
     refuses("take a larger batch", EDM().loss, narrow, x)
@@ -442,6 +443,29 @@ def test_a_training_step_costs_what_ranges_and_regions_say():
         assert losses.isfinite().sum(0).tolist() == images
 
 
+def test_a_batch_whose_levels_are_rounded_away_from_all_bricks_is_refused():
+    # Image 1 of 4 has a level between the quantiles .25 and .5, and the gap is at .37 to .38.
+    gap = EDM().sigma_at(torch.tensor([.37, .38])).tolist()
+    bricks = [BrickSpec(8, 4, 1, noise) for noise in [(0, None), (0, gap[0]), (gap[1], None)]]
+    model = filled(replace(SMALL, bricks=bricks))
+    loss = partial(EDM().loss, model, rand(4, 3, 16, 16), generator=generator(0))
+    with pytest.raises(ValueError, match=r"without bricks \[0\] none is left for 1 of the 4"):
+        loss(skip=[0])
+    assert loss(skip=[1])[0].isfinite()                         # Brick 0 is there for all levels.
+
+
+@pytest.mark.parametrize("labels", [[1], [0, 1, 2, 0], [[0, 1]]])
+@pytest.mark.parametrize("ask", ["loss", "denoise", "sample", "guided"])
+def test_labels_of_another_number_than_the_images_are_refused(labels, ask):
+    model, x, labels = filled(SMALL), rand(2, 3, 16, 16), torch.tensor(labels)
+    asked = dict(loss=lambda: EDM().loss(model, x, labels),
+                 denoise=lambda: EDM().denoise(model, x, 1.0, labels),
+                 sample=lambda: EDM().sample(model, x.shape, labels, steps=1),
+                 guided=lambda: EDM().denoise(model, x, 1.0, labels, guidance=2))
+    with pytest.raises(ValueError, match="images need labels of the shape"):
+        asked[ask]()
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_take_the_step_of_one_process(world):
     n = 2 * world
@@ -593,7 +617,7 @@ def test_a_level_without_a_brick_is_refused_before_the_first_evaluation(missing,
     model = filled(LegoConfig.parse("16/4x1@0.3: 8/2x1@:0.4", width=16, heads=2))
     model.register_forward_hook(lambda *_: pytest.fail("the network was evaluated"))
     first = max(level for level in EDM().levels(6) if level < .3 or not missing)
-    said = rf"no brick is left from sigma .*{first:.3g}\b.*keep some of \[{missing}\]"
+    said = rf"none is left from sigma .*{first:.3g}\b.*keep at least one of \[{missing}\]"
     with pytest.raises(ValueError, match=said):
         EDM().sample(model, (1, 3, 16, 16), steps=6, skip=skip)
 
@@ -1235,6 +1259,51 @@ def test_a_captured_step_equals_an_eager_one(tmp_path):
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*runs))
 
 
+def test_a_run_that_begins_sees_that_another_has_begun(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings, _ = train_tiny.read_flags(["--dataset", "../photos.zip"])
+    assert [train_tiny.claim_folder(settings) for _ in range(3)] == [
+        "runs/photos", "runs/photos-2", "runs/photos-3"]
+
+
+def test_a_data_set_that_fails_ends_the_run_and_its_workers(tmp_path):
+    script = tmp_path / "camera.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import train_tiny
+def draw(seed, numbers, H, W):
+    if max(numbers) > 40:
+        raise OSError("the camera is off")
+    return train_tiny.landscapes(seed, numbers, H, W)
+train_tiny.DATASETS["camera"] = lambda folder, size: train_tiny.Data(
+    "camera", train_tiny.LANDSCAPES, 3, False, size, draw=draw)
+train_tiny.command(train_tiny.main)
+""")
+    flags = TINY, "--dataset camera --steps 99 --out", tmp_path / "run"
+    said = finish(start(script, *flags), code=2, timeout=60)
+    assert "the camera is off" in said.splitlines()[-1] and "make room" not in said
+
+
+def test_a_run_gives_the_signals_back_and_forgets_where_its_bricks_were_useful(tmp_path):
+    run, before = tmp_path / "run", list(map(signal.getsignal, train_tiny.SIGNALS))
+    train_tiny.main(words(TINY, "--steps 2 --out", run))
+    assert list(map(signal.getsignal, train_tiny.SIGNALS)) == before
+    again = words("--resume", run, "--dataset landscapes --steps 4")
+    trainer = train_tiny.Trainer(*train_tiny.read_flags(again))
+    trainer.advance(.5)
+    trainer.save(run, last=False)
+    trainer.source = None                           # This ends its worker.
+    assert "useful" not in read_checkpoint(run / "checkpoint.pt")["info"]
+
+
+def test_few_held_out_images_have_all_quarters():
+    data = train_tiny.load_data("landscapes", "", 16)
+    columns = train_tiny.held_out_losses(filled(RANGED), EDM(), data, nullcontext, count=5)
+    assert list(columns)[4:8] == [f"quarter{i}" for i in (1, 2, 3, 4)]
+    assert all(map(math.isfinite, columns.values()))
+
+
 def test_two_processes_train_like_one(tmp_path):
     bricks = "--bricks '16/4x1 8/4x1@0.2: 8/2x1@:0.08'"         # the last for one image of eight
     flags = (f"{TINY} {bricks} --steps 4 --precision fp32 --region-fraction 1,.5,.5 "
@@ -1429,10 +1498,11 @@ BAD_TRAINING = named(
     "--save-minutes -1") | {
     "--dataset nowhere": "nowhere", "--dataset README.md": "README.md",
     "--resume nowhere": "nowhere", "--resume assets": "assets", "--out README.md/run": "README.md",
-    "--out RUN": "continue it with --resume",
+    "--out RUN": "go on with it by --resume",
     "--out RUN --resume RUN --lr .1": "--lr 0.1 contradicts",
     "--p-std 0": "--p-std must lie", "--objective ddpm --p-mean -1": "for --objective edm",
-    "--device abacus": "abacus", "--width 0": "width", "--width -4": "width",
+    "--device abacus": "abacus", "--device meta": "cannot be used here",
+    "--width 0": "width", "--width -4": "width",
     "--width 1048576": "from 4 to 16384", "--heads 0": "heads must be", "--heads 5": "take width",
     "--width 10 --heads 2": "take width 12",
     "--preset huge": "--preset", "--bricks 8/2x1 --preset tiny": "not allowed with",
@@ -1452,11 +1522,12 @@ BAD_SAMPLING = named(
     "--label -1", "--guidance nan", "--guidance -1", "--guidance inf", "--churn nan",
     "--sampler magic") | {
     "--skip 0,1,2": "cannot skip", "--skip 7": "bricks 0 to 2", "--skip 1@.5-.2": "must rise",
-    "--skip 0,1": "keep some of [0, 1]", "--skip '0,1@.5-1'": "no brick is left from sigma 0.",
-    "--skip '0@0-1;2@.5-1'": "no brick is left from sigma 0.", "--label dragon": "dragon",
+    "--skip 0,1": "keep at least one of [0, 1]", "--skip '0,1@.5-1'": "none is left from sigma 0.",
+    "--skip '0@0-1;2@.5-1'": "none is left from sigma 0.", "--label dragon": "dragon",
     "--ckpt README.md": "not a LEGO", "--ckpt nowhere.pt": "nowhere.pt", "--out x.bmp": "x.bmp",
     "--size 1024 --out x.gif": "name a folder", "--out README.md/s.png": "README.md",
-    "--stages --bench": "not allowed with", "--stages --size 8": "take --size 16",
+    "--stages --bench": "not allowed with", "--stages --sampler heun --churn 9": "leave one out",
+    "--stages --size 8": "take --size 16",
     "--sampler dpm2m --churn 1": "churn is for EDM and the samplers heun and euler: name one"}
 BAD_MEASURING = {
     "": "command", "weigh": "invalid choice", "compare --n 0": "--n must lie",
@@ -1465,6 +1536,7 @@ BAD_MEASURING = {
     "compare --dataset assets": "has not the checkpoint's channels and classes",
     "subsets --n 3": "--n must lie", "subsets --frobnicate": "--frobnicate",
     "race nowhere --log l.csv": "nowhere", "race": "--log", "plot README.md": "levels, race, curve",
+    "race --log assets/levels.csv": "no log with the columns data, kind",
     "plot": "levels, race, curve", "pace '--bricks 16'": "cannot read"}
 
 
@@ -1634,13 +1706,17 @@ def test_ways_to_sample_are_compared_with_true_images(trained, tmp_path, capsys)
 
 def test_runs_are_raced_and_paced_and_drawn(trained, tmp_path, capsys):
     log = tmp_path / "race.csv"
-    assert in_process(measure, "race --log", log, trained.parent) == 0
+    run = tmp_path / "some-stack-7"
+    run.symlink_to(trained.parent)
+    assert in_process(measure, "race --log", log, run) == 0
     lines, held = measure.read_log(log), measure.read_log(trained.parent / "held_out.csv")
+    assert {(line["kind"], line["seed"]) for line in lines} == {("some-stack", "7")}
     assert [line["last"] for line in lines] == [line["last"] for line in held]
     assert in_process(measure, "plot", log) == 2                                # a single point
     other = [line | dict(seed="1", share="0.5",
                          last=str(float(line["last"]) + .01)) for line in lines]
     measure.add_to_log(log, other)
+    refuses("no log with the columns other", measure.add_to_log, log, [dict(other=1)])
     capsys.readouterr()
     assert in_process(measure, "race --log", log) == 0
     mean, deviation = float(held[-1]["last"]) + .005, .01 / 2 ** .5

@@ -13,7 +13,9 @@ import ctypes
 import gzip
 import hashlib
 import io
+import itertools
 import math
+import multiprocessing
 import os
 import signal
 import stat
@@ -144,7 +146,8 @@ LARGEST_FILE = 1 << 28                  # bytes of a download or of a file in an
 Image.MAX_IMAGE_PIXELS = 1 << 25        # Pillow refuses images of twice as many.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]      # EPS would start a program.
-DAMAGED = (gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError)
+DAMAGED = (gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError,
+           NotImplementedError)         # what zipfile says of a version it does not know
 
 
 @contextmanager
@@ -490,13 +493,23 @@ def command(main):
         full = isinstance(error, (MemoryError, RuntimeError)) and "memory" in repr(error).lower()
         if full or isinstance(error, (ValueError, OSError)):
             hint = "take a smaller batch, size or width: " if full else ""
-            message = " ".join(str(error).split())[:500]
+            message = str(error)
+            if "Traceback" in message:          # That of a worker ends with what was wrong.
+                message = message.strip().splitlines()[-1]
+            message = " ".join(message.split())[:500]
             print(f"{Path(sys.argv[0]).name}: {hint}{message}", file=sys.stderr)
             code = 2
         else:               # It is a mistake of ours.
             traceback.print_exception(error)
             code = 1
-    sys.exit(code)          # Out here the error no longer keeps the run and its workers alive.
+    # Python waits at its end for workers, which ignore softer signals. (If they are killed, torch
+    # raises an error wherever the program is, which is of no use here.)
+    if workers := multiprocessing.active_children():
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in workers:
+            worker.kill()
+    sys.exit(code)
 
 
 def pick_device(name):
@@ -504,8 +517,10 @@ def pick_device(name):
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        one = torch.ones(1, device=name)
+        one.item()                              # which the device "meta" cannot do
+        return one.device
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
 
@@ -596,7 +611,8 @@ LOG_EVERY = 20                          # steps
 P_MEAN, P_STD = -0.8, 1.4
 LABEL_DROP = 0.1                        # chance to hide a label, which guidance needs
 EMA_IMAGES = 500_000                    # half-life of the weight average, in images
-FREE = {"bench", "resume", "steps", "minutes", "device", "data_dir", "save_minutes"}
+# What may differ when a run goes on. (The data set may have moved.)
+FREE = {"bench", "resume", "steps", "minutes", "device", "dataset", "data_dir", "save_minutes"}
 
 
 def read_flags(arguments=None):
@@ -782,16 +798,22 @@ def average_gradients(parameters, world):
 def drawn_ahead(draw, first, device):
     """An iterator over draw(first), draw(first + 1) and so on, called ahead by workers. One
     keeps a CPU busy, but a GPU is faster than one can draw landscapes."""
+    # What is ahead lies in shared memory, of which a container may have as little as 64 MB.
     on_gpu = device.type == "cuda"
     return iter(torch.utils.data.DataLoader(
-        range(first, 1 << 60), batch_size=None, collate_fn=draw, prefetch_factor=8,
+        range(first, 1 << 60), batch_size=None, collate_fn=draw, prefetch_factor=4,
         num_workers=min(8, os.cpu_count() or 1) if on_gpu else 1, pin_memory=on_gpu,
         worker_init_fn=ignore_signals))
 
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM]       # that ask a run to stop
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    SIGNALS.append(signal.SIGHUP)               # A terminal is closed, and there is no nohup.
+
+
 def ignore_signals(worker):
     """A signal often reaches the whole group of processes, but the trainer alone decides."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -907,7 +929,7 @@ def held_out_losses(model, diffusion, data, autocast, count=512):
     last = last_brick(losses)
     columns = {f"brick{k}": loss for k, loss in enumerate(losses.nanmean(0))}
     columns["last"] = last.mean()
-    for i, quarter in enumerate(last[sigma.argsort()].chunk(4)):
+    for i, quarter in enumerate(last[sigma.argsort()].tensor_split(4)):
         columns[f"quarter{i + 1}"] = quarter.mean()
     some = slice(128)
     for level in (5.0, 10.0, 20.0):
@@ -997,6 +1019,16 @@ def captured(compute):
     return run
 
 
+@contextmanager
+def writing(out):
+    """Say of an error of the disk what can be done about it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write to {out} ({error}). A checkpoint saved before is whole: "
+                         f"make room and go on with --resume {out}") from error
+
+
 class Trainer:
     """A run: network, weight average, optimizers and counters, made from the settings `s` and the
     checkpoint `state` to resume, for process `rank` of `world`."""
@@ -1034,11 +1066,13 @@ class Trainer:
             self.restore(state, block)
         if s.compile:
             compile_blocks(self.model)
+        on_gpu = self.device.type == "cuda"
         for optimizer in self.optimizers:
             optimizer.found_inf = self.found_inf
-            for group in optimizer.param_groups:            # A restored one has its own tensor.
-                group["lr"] = self.rate
-        on_gpu = self.device.type == "cuda"
+            for group in optimizer.param_groups:            # A restored one has its own tensor,
+                group["lr"] = self.rate                     # and may come from another device.
+                if "capturable" in group:
+                    group["capturable"] = on_gpu
         source = Pool if on_gpu else Stream
         self.source = source(self.data, s, self.device, rank, world, self.step)
         self.graph = captured(self.compute) if on_gpu else None
@@ -1060,9 +1094,10 @@ class Trainer:
     def restore(self, state, block):
         """Go on from a checkpoint. ValueError if it does not hold a run of this stack and data."""
         info, train = state["info"], state["train"]
-        if info["classes"] != self.data.classes:
-            raise ValueError(f"the run to resume knows the classes {info['classes']}, found "
-                             f"{self.data.classes}")
+        known = info["classes"], self.config.channels
+        if known != (self.data.classes, self.data.channels):
+            raise ValueError("the run to resume knows the classes {} and {} channels, found {} and "
+                             "{}".format(*known, self.data.classes, self.data.channels))
         if state["block"] != block.__name__:
             raise ValueError(f"the run to resume has blocks of the class {state['block']}, not "
                              f"{block.__name__}: pass that class as `block`")
@@ -1171,6 +1206,7 @@ class Trainer:
         info = self.model.info
         info.update(step=self.step, images=self.step * self.s.batch, seconds=self.seconds,
                     settings=vars(self.s), left_out=int(self.left_out))
+        info.pop("useful", None)            # that of a run which was resumed
         if last:
             info["useful"] = useful_levels(*measured)
         if self.step > self.saved_step:     # Lines beyond a checkpoint are cut off later.
@@ -1187,18 +1223,34 @@ class Trainer:
 
     def fit(self, out):
         """Train until the budget is spent or a signal comes."""
-        s, speaks, stopped = self.s, self.rank == 0, False
-        saved = self.seconds
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(self, "stop", True))
-        if speaks:
-            bricks = [f"brick{k}" for k in range(len(self.config.bricks))]
-            levels = [f"quarter{i}" for i in (1, 2, 3, 4)] + ["sigma5", "sigma10", "sigma20"]
-            out.mkdir(parents=True, exist_ok=True)
-            for part in out.glob(".samples-*.part"):        # A kill may have left it.
-                part.unlink()
-            self.open_log(out / "log.csv", ["loss", *bricks, "low", "middle", "high"])
-            self.open_log(out / "held_out.csv", [*bricks, "last", *levels])
+        ask = lambda *_: setattr(self, "stop", True)
+        before = [(number, signal.signal(number, ask)) for number in SIGNALS]
+        try:
+            if self.rank == 0:
+                with writing(out):
+                    self.open_logs(out)
+            stopped = self.loop(out)
+            if self.rank == 0 and (self.step > self.saved_step or "useful" not in self.model.info):
+                with writing(out):
+                    self.save(out, last=True)
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+        self.say_goodbye(out, stopped)
+
+    def open_logs(self, out):
+        """Make the folder of the run and its logs, or cut those of a resumed run."""
+        bricks = [f"brick{k}" for k in range(len(self.config.bricks))]
+        levels = [f"quarter{i}" for i in (1, 2, 3, 4)] + ["sigma5", "sigma10", "sigma20"]
+        out.mkdir(parents=True, exist_ok=True)
+        for part in out.glob(".samples-*.part"):            # A kill may have left it.
+            part.unlink()
+        self.open_log(out / "log.csv", ["loss", *bricks, "low", "middle", "high"])
+        self.open_log(out / "held_out.csv", [*bricks, "last", *levels])
+
+    def loop(self, out):
+        """The steps of `fit`, with log lines and saves. Returns whether a signal came."""
+        s, speaks, stopped, saved = self.s, self.rank == 0, False, self.seconds
         with tqdm(initial=self.step, total=s.steps, unit="step", disable=not speaks) as bar:
             while not stopped:
                 progress = self.step / s.steps if s.steps else self.seconds / (60 * s.minutes)
@@ -1207,20 +1259,20 @@ class Trainer:
                 self.advance(progress)
                 stopped = self.agree()
                 bar.update()
-                if self.step % LOG_EVERY == 0 and speaks:
-                    means = (self.sums[0] / self.sums[1]).tolist()
-                    self.log(out / "log.csv", means)
-                    bar.set_postfix_str(f"loss {means[0]:.4f}, "
-                                        f"{self.step * s.batch / self.seconds:.0f} images/s")
                 if self.step % LOG_EVERY == 0:
+                    means = (self.sums[0] / self.sums[1]).tolist()
                     self.sums.zero_()
+                    if speaks:
+                        bar.set_postfix_str(f"loss {means[0]:.4f}, "
+                                            f"{self.step * s.batch / self.seconds:.0f} images/s")
+                        with writing(out):
+                            self.log(out / "log.csv", means)
                 if self.seconds - saved > 60 * s.save_minutes:
                     if speaks:
-                        self.save(out, last=False)
+                        with writing(out):
+                            self.save(out, last=False)
                     saved = time.perf_counter() - self.began
-        if speaks and (self.step > self.saved_step or "useful" not in self.model.info):
-            self.save(out, last=True)
-        self.say_goodbye(out, stopped)
+        return stopped
 
     def say_goodbye(self, out, stopped):
         """What was done, and the command that comes next."""
@@ -1286,6 +1338,23 @@ def bench(trainer, rounds=20):
         each.source = None                  # This ends the workers.
 
 
+def claim_folder(s):
+    """The folder of a new run. ValueError if --out names one that has a checkpoint."""
+    if s.out:
+        if Path(s.out, "checkpoint.pt").exists():
+            raise ValueError(f"{s.out} holds a run already: go on with it by --resume {s.out}, or "
+                             f"choose another --out")
+        return s.out
+    name = Path(os.path.abspath(s.dataset)).stem                         # so that "." has one
+    for number in itertools.count(1):
+        out = Path(f"runs/{name}" + (f"-{number}" if number > 1 else ""))
+        out.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):         # An empty log tells other runs that it is taken.
+            if not (out / "checkpoint.pt").exists():
+                (out / "log.csv").touch(exist_ok=False)
+                return str(out)
+
+
 def main(arguments=None, block=Block):
     """Train as the command line says, or as a list of `arguments` does. From Python, a stack of
     your own blocks is trained by main(["--minutes", "1"], block=MyBlock)."""
@@ -1298,27 +1367,18 @@ def main(arguments=None, block=Block):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # what "cuda" now means
     if rank:
         sys.stdout = open(os.devnull, "w")                               # one process speaks
-    if s.out is None:
-        name, number = Path(os.path.abspath(s.dataset)).stem, 1          # so that "." has one
-        s.out = f"runs/{name}"
-        while Path(s.out, "checkpoint.pt").exists():
-            number += 1
-            s.out = f"runs/{name}-{number}"
-    if not state and Path(s.out, "checkpoint.pt").exists():
-        raise ValueError(f"{s.out} holds a run already: continue it with --resume {s.out}, or "
-                         f"choose another --out")
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     trainer = Trainer(s, state, rank, world, block)
+    if not (state or s.bench or rank):
+        with writing(s.out or "runs"):
+            s.out = claim_folder(s)
     sigmas = [sigma for _, sigma in trainer.diffusion.evaluations()]
     print(table(trainer.model, sigmas))
     fractions = ", ".join(f"{fraction:.3g}" for fraction in trainer.fractions)
     print(f"each brick trains on this share of its regions: {fractions}")
     try:
         bench(trainer) if s.bench else trainer.fit(Path(s.out))
-    except OSError as error:
-        raise ValueError(f"cannot write to {s.out} ({error}). A checkpoint saved before is whole: "
-                         f"make room and go on with --resume {s.out}") from error
     finally:
         trainer.source = None                   # This ends the workers.
     if world > 1:

@@ -19,7 +19,6 @@ import sys
 import time
 from argparse import RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -247,8 +246,11 @@ def written(row):
 
 
 def add_to_log(path, rows):
-    """Add dictionaries to a CSV file, if one is named: a line for each, after a head if it is new."""
+    """Add dictionaries to a CSV file, if one is named: a line for each, after a head if it is new.
+    ValueError if the file has other columns."""
     if path:
+        if Path(path).exists():
+            read_log(path, *rows[0])
         with open(path, "a", newline="") as file:
             log = csv.DictWriter(file, rows[0].keys())
             if not file.tell():
@@ -256,9 +258,14 @@ def add_to_log(path, rows):
             log.writerows(map(written, rows))
 
 
-def read_log(path):
+def read_log(path, *names):
+    """The lines of a CSV file as dictionaries. ValueError unless all have these columns."""
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        lines = list(csv.DictReader(file))
+    for name in names:
+        if any(line.get(name) is None for line in lines):
+            raise ValueError(f"{path} is no log with the columns {', '.join(names)}")
+    return lines
 
 
 def groups(lines, *names):
@@ -295,35 +302,25 @@ def print_pace(a):
     show(rows)
 
 
-def stack_name(config):
-    """The name of the preset that a stack is, but for what its data set decides, or the stack."""
-    own = dict(size=config.size, channels=config.channels, classes=config.classes)
-    names = [name for name, known in lego.PRESETS.items() if replace(known, **own) == config]
-    return names[0] if names else str(config)
-
-
 LOSSES = ["last", "quarter1", "quarter2", "quarter3", "quarter4", "sigma5", "sigma10", "sigma20"]
 
 
 def print_race(a):
-    """Add the held-out losses of finished runs to a log, with the share of the budget spent. Print
-    the losses at the end of every kind of run in the log: the mean over its seeds, and below it
-    their standard deviation."""
-    for run in a.cases:
-        state = lego.read_checkpoint(Path(run, "checkpoint.pt"))
-        settings, kind = state["info"]["settings"], stack_name(state["config"])
-        noise = settings["p_mean"], settings["p_std"]
-        if settings["objective"] == "ddpm":
-            kind += " ddpm"
-        elif noise != (train_tiny.P_MEAN, train_tiny.P_STD):
-            kind += f" at {noise}"
-        head, rows = dict(data=state["info"]["dataset"], kind=kind, seed=settings["seed"]), []
-        for line in read_log(Path(run, "held_out.csv")):
-            progress = dict(step=line["step"], share=int(line["step"]) / state["info"]["step"])
+    """Add the held-out losses of finished runs to a log, with the share of the budget spent. The
+    folder of a run is named KIND-SEED. Print the losses at the end of every kind of run in the
+    log: the mean over its seeds, and below it their standard deviation."""
+    for run in map(Path, a.cases):
+        kind, _, seed = run.name.rpartition("-")
+        if not (kind and seed.isdecimal()):
+            raise ValueError(f"{run} is not named KIND-SEED, such as runs/tiny-0: rename it")
+        info = lego.read_checkpoint(run / "checkpoint.pt")["info"]
+        head, rows = dict(data=info["dataset"], kind=kind, seed=seed), []
+        for line in read_log(run / "held_out.csv"):
+            progress = dict(step=line["step"], share=int(line["step"]) / info["step"])
             rows.append(head | progress | {name: line[name] for name in LOSSES})
         add_to_log(a.log, rows)
-    rows = []
-    for (data, kind), lines in groups(read_log(a.log), "data", "kind").items():
+    lines, rows = read_log(a.log, "data", "kind", "seed", *LOSSES), []
+    for (data, kind), lines in groups(lines, "data", "kind").items():
         last = [some[-1] for some in groups(lines, "seed").values()]
         losses = np.array([[float(line[name]) for name in LOSSES] for line in last])
         spread = losses.std(0, ddof=1) if len(last) > 1 else losses[0] * math.nan
@@ -350,13 +347,13 @@ def subset_losses(model, diffusion, data, autocast, count=512):
         if not skip:                        # the first of them, with which the others are compared
             full = loss
         row = dict(skipped=",".join(map(str, skip)) or "nothing", loss=float(loss.mean()))
-        for i, part in enumerate(order.chunk(4)):
+        for i, part in enumerate(order.tensor_split(4)):
             row[f"quarter{i + 1}"] = float(loss[part].mean())
         ranges = [here for here in works[list(skip)] if here.any()]
         ratio = lambda some: float(loss[some].sum() / full[some].sum())
         flops = [sum(model.flops(size, size, skip, level)) for _, level in evaluations]
         rows.append(row | dict(ratio=max(map(ratio, ranges), default=1.0), gflops=sum(flops) / 1e9))
-        for part in order.chunk(16):
+        for part in order.tensor_split(16):
             middle = float(sigma[part].log().mean().exp())
             levels.append(dict(skipped=row["skipped"], sigma=middle, loss=float(loss[part].mean()),
                                ratio=ratio(part)))
@@ -443,9 +440,7 @@ def save_plots(a):
     true images of compare do, has no place on a logarithmic axis and is left out."""
     for path in map(Path, a.cases):
         x, y, across, up, by, log_x, join = PLOTS[path.stem]
-        lines = read_log(path)
-        if not lines or not lines[0].keys() >= {x, y, by}:
-            raise ValueError(f"{path} is no log with the columns {x}, {y} and {by}")
+        lines = read_log(path, x, y, by)
         lines = [line | {by: any_seed(line[by])} for line in lines if not log_x or float(line[x])]
         if any(len({line[axis] for line in lines}) < 2 for axis in (x, y)):
             raise ValueError(f"{path} has a single value of {x} or {y}: there is nothing to draw")
