@@ -712,18 +712,17 @@ class Diffusion:
         """For every brick its slice of a batch of n images in order of noise: the share of the
         training levels in its range, rounded to whole images. ValueError if that is none, or if
         `skip` leaves an image without a brick."""
-        (rank, world), rows, bare = shard, [], set(range(n))
-        skip = config.checked(skip)
+        (rank, world), rows, left, skip = shard, [], [], config.checked(skip)
         for k, spec in enumerate(config.bricks):
             first, end = (round(n * self.quantile(sigma)) for sigma in spec.noise)
             if first == end:
                 raise ValueError(f"brick {k} ({spec}) works at none of the {n} noise levels of a "
                                  f"batch: take a larger batch, or widen its noise range")
             if k not in skip:
-                bare -= set(range(first, end))
+                left.append(range(first, end))
             # This rank has the images rank, rank + world, ...
             rows.append(slice(math.ceil((first - rank) / world), math.ceil((end - rank) / world)))
-        if bare:
+        if skip and (bare := set(range(n)).difference(*left)):
             raise ValueError(f"without bricks {sorted(skip)} none is left for {len(bare)} of the "
                              f"{n} noise levels of a batch: skip fewer of them")
         return rows

@@ -1261,8 +1261,7 @@ def test_a_captured_step_equals_an_eager_one(tmp_path):
 
 def test_a_run_that_begins_sees_that_another_has_begun(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings, _ = train_tiny.read_flags(["--dataset", "../photos.zip"])
-    assert [train_tiny.claim_folder(settings) for _ in range(3)] == [
+    assert [train_tiny.claim_folder("../photos.zip") for _ in range(3)] == [
         "runs/photos", "runs/photos-2", "runs/photos-3"]
 
 
@@ -1717,6 +1716,7 @@ def test_runs_are_raced_and_paced_and_drawn(trained, tmp_path, capsys):
                          last=str(float(line["last"]) + .01)) for line in lines]
     measure.add_to_log(log, other)
     refuses("no log with the columns other", measure.add_to_log, log, [dict(other=1)])
+    refuses("no log with the columns data", measure.add_to_log, log, [dict(data="d")])  # fewer
     capsys.readouterr()
     assert in_process(measure, "race --log", log) == 0
     mean, deviation = float(held[-1]["last"]) + .005, .01 / 2 ** .5

@@ -614,6 +614,10 @@ EMA_IMAGES = 500_000                    # half-life of the weight average, in im
 # What may differ when a run goes on. (The data set may have moved.)
 FREE = {"bench", "resume", "steps", "minutes", "device", "dataset", "data_dir", "save_minutes"}
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM]       # that ask a run to stop
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    SIGNALS.append(signal.SIGHUP)               # A terminal is closed, and there is no nohup.
+
 
 def read_flags(arguments=None):
     """The settings of a run and the checkpoint to resume, if any. A flag that is given counts,
@@ -804,11 +808,6 @@ def drawn_ahead(draw, first, device):
         range(first, 1 << 60), batch_size=None, collate_fn=draw, prefetch_factor=4,
         num_workers=min(8, os.cpu_count() or 1) if on_gpu else 1, pin_memory=on_gpu,
         worker_init_fn=ignore_signals))
-
-
-SIGNALS = [signal.SIGINT, signal.SIGTERM]       # that ask a run to stop
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-    SIGNALS.append(signal.SIGHUP)               # A terminal is closed, and there is no nohup.
 
 
 def ignore_signals(worker):
@@ -1260,13 +1259,13 @@ class Trainer:
                 stopped = self.agree()
                 bar.update()
                 if self.step % LOG_EVERY == 0:
-                    means = (self.sums[0] / self.sums[1]).tolist()
-                    self.sums.zero_()
                     if speaks:
+                        means = (self.sums[0] / self.sums[1]).tolist()
                         bar.set_postfix_str(f"loss {means[0]:.4f}, "
                                             f"{self.step * s.batch / self.seconds:.0f} images/s")
                         with writing(out):
                             self.log(out / "log.csv", means)
+                    self.sums.zero_()
                 if self.seconds - saved > 60 * s.save_minutes:
                     if speaks:
                         with writing(out):
@@ -1338,18 +1337,14 @@ def bench(trainer, rounds=20):
         each.source = None                  # This ends the workers.
 
 
-def claim_folder(s):
-    """The folder of a new run. ValueError if --out names one that has a checkpoint."""
-    if s.out:
-        if Path(s.out, "checkpoint.pt").exists():
-            raise ValueError(f"{s.out} holds a run already: go on with it by --resume {s.out}, or "
-                             f"choose another --out")
-        return s.out
-    name = Path(os.path.abspath(s.dataset)).stem                         # so that "." has one
+def claim_folder(dataset):
+    """A folder under runs/ for a new run on a data set, made with an empty log, by which other
+    runs see that it is taken."""
+    name = Path(os.path.abspath(dataset)).stem                           # so that "." has one
     for number in itertools.count(1):
         out = Path(f"runs/{name}" + (f"-{number}" if number > 1 else ""))
         out.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):         # An empty log tells other runs that it is taken.
+        with suppress(FileExistsError):
             if not (out / "checkpoint.pt").exists():
                 (out / "log.csv").touch(exist_ok=False)
                 return str(out)
@@ -1367,12 +1362,15 @@ def main(arguments=None, block=Block):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))             # what "cuda" now means
     if rank:
         sys.stdout = open(os.devnull, "w")                               # one process speaks
+    if not state and s.out and Path(s.out, "checkpoint.pt").exists():
+        raise ValueError(f"{s.out} holds a run already: go on with it by --resume {s.out}, or "
+                         f"choose another --out")
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     trainer = Trainer(s, state, rank, world, block)
-    if not (state or s.bench or rank):
-        with writing(s.out or "runs"):
-            s.out = claim_folder(s)
+    if s.out is None and not s.bench:
+        with writing("runs"):
+            s.out = "" if rank else claim_folder(s.dataset)              # one process writes
     sigmas = [sigma for _, sigma in trainer.diffusion.evaluations()]
     print(table(trainer.model, sigmas))
     fractions = ", ".join(f"{fraction:.3g}" for fraction in trainer.fractions)

@@ -249,12 +249,13 @@ def add_to_log(path, rows):
     """Add dictionaries to a CSV file, if one is named: a line for each, after a head if it is new.
     ValueError if the file has other columns."""
     if path:
-        if Path(path).exists():
-            read_log(path, *rows[0])
-        with open(path, "a", newline="") as file:
-            log = csv.DictWriter(file, rows[0].keys())
-            if not file.tell():
+        with open(path, "a+", newline="") as file:
+            file.seek(0)
+            log, head = csv.DictWriter(file, list(rows[0])), next(csv.reader(file), None)
+            if head is None:
                 log.writeheader()
+            elif head != log.fieldnames:
+                raise ValueError(f"{path} is no log with the columns {', '.join(rows[0])} only")
             log.writerows(map(written, rows))
 
 
@@ -315,7 +316,7 @@ def print_race(a):
             raise ValueError(f"{run} is not named KIND-SEED, such as runs/tiny-0: rename it")
         info = lego.read_checkpoint(run / "checkpoint.pt")["info"]
         head, rows = dict(data=info["dataset"], kind=kind, seed=seed), []
-        for line in read_log(run / "held_out.csv"):
+        for line in read_log(run / "held_out.csv", "step", *LOSSES):
             progress = dict(step=line["step"], share=int(line["step"]) / info["step"])
             rows.append(head | progress | {name: line[name] for name in LOSSES})
         add_to_log(a.log, rows)
