@@ -22,8 +22,7 @@ A LEGO network is a stack of bricks, which hand on z, an estimate of F at full r
 
 All bricks estimate the same F, so any of them can be left out: z then passes it by, unchanged.
 Ours: a brick may also state the noise levels at which it works. Outside of them it is
-skipped, in training and sampling alike, and costs nothing. (A batch in training is in order of
-noise, and there the ends of a range are rounded to whole images.)
+skipped, in training and sampling alike, and costs nothing.
 
 SPDX-License-Identifier: MIT
 """
@@ -80,7 +79,7 @@ class BrickSpec:
 
     @property
     def noise_range(self):
-        """The range as a stack is written: low:high, with nothing for an open end."""
+        """The range as `parse` reads it: low:high, with nothing for an open end."""
         low, high = self.noise
         return f"{low or ''}:{high if high < math.inf else ''}"
 
@@ -167,7 +166,9 @@ class LegoConfig:
 
     def active(self, c_noise, skip=()):
         """Which bricks run on which images, bool (K, B), for c_noise = ln(sigma)/4, (B,).
-        ValueError if `skip` leaves an image without a brick."""
+        ValueError if `skip` leaves an image without a brick, or if sigma is 0 or infinite."""
+        if not c_noise.isfinite().all():
+            raise ValueError("there is an image with a noise level that is not above 0 and finite")
         # c_noise is compared, not sigma: to undo the logarithm would round, and 0.3 fall below 0.3.
         noise = torch.tensor([b.noise for b in self.bricks], dtype=c_noise.dtype)
         low, high = noise.log().div(4).T[:, :, None]                     # (K, 1) each
@@ -179,8 +180,8 @@ class LegoConfig:
             sigma = (4 * c_noise[bare]).exp()
             cover = works[:, bare].any(1).nonzero().flatten().tolist()
             raise ValueError(f"without bricks {sorted(skip)} none is left from sigma "
-                             f"{sigma.min():.3g} to {sigma.max():.3g}: keep at least one of "
-                             f"{cover}")
+                             f"{sigma.min():.3g} to {sigma.max():.3g}: keep some of {cover}, "
+                             f"which work there")
         return runs
 
     def running(self, sigma, skip=()):
@@ -236,13 +237,14 @@ def attention(q, k, v, mask=None):
 
 def modulate(h, shift, scale):
     """Layer norm without weights of its own, times 1 + scale, plus shift (adaLN). Here and in
-    blocks, addcmul does in one pass over the memory what takes a product and a sum two."""
+    blocks, addcmul makes a product and a sum in one pass over the memory instead of two."""
     return torch.addcmul(shift, layer_norm(h, h.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class Block(nn.Module):
     """adaLN-Zero Transformer block (Peebles & Xie 2023) on tokens h (B, R, N, D), under the
-    condition c (B, D) of the whole image. Its gates start at zero: a new block is the identity.
+    condition c (B, D) of the whole image. `Lego` makes its gates zero at first, and so a new
+    block is the identity.
 
     For another mixer, override `mix` in a subclass and pass that as Lego(config, block=...)."""
 
@@ -265,7 +267,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(h).view(B * R, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if self.sharpness is not None:
             # QK-norm (Dehghani et al. 2023): without it the scores of some head grow in a long
-            # run until bfloat16 is too coarse for them, and the loss jumps up.
+            # run until bfloat16 is too coarse for them, and the loss jumps up. Only the product
+            # of q and k counts, so that one weight is enough for both.
             q = layer_norm(q, q.shape[-1:], self.sharpness)
             k = layer_norm(k, k.shape[-1:])
         return q, k, v
@@ -283,7 +286,7 @@ class Block(nn.Module):
         modulation = self.adaln(c)[:, None, None].chunk(6, -1)           # each (B, 1, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         normed = modulate(h, shift1, scale1)
-        mixed = self.mix(normed) if mask is None else self.mix(normed, mask)
+        mixed = self.mix(normed) if mask is None else self.mix(normed, mask=mask)
         h = torch.addcmul(h, gate1, mixed)                               # h + gate1 * mixed
         wide = gelu(self.fc1(modulate(h, shift2, scale2)), approximate=self.gelu)
         return torch.addcmul(h, gate2, self.fc2(wide))
@@ -328,14 +331,12 @@ class Grid:
         x = x.reshape(B, -1, self.rows * n * p, self.columns * n * p)
         return x[:, :, self.top:self.top + self.H, self.left:self.left + self.W]
 
-    def mask(self, device):
-        """(R, N, N): True where a token may look. Tokens of nothing but padding see only each
-        other, and no other token sees them. None if there is no padding."""
+    def real(self, device):
+        """(R, N): True for a token that has a pixel of the canvas. None if there is no padding."""
         if not any(self.padding):
             return None
         canvas = pad(torch.ones(1, 1, self.H, self.W, device=device), self.padding)
-        real = self.tile(canvas)[0].flatten(2).any(-1)                   # (R, N)
-        return real[:, :, None] == real[:, None, :]
+        return self.tile(canvas)[0].flatten(2).any(-1)
 
     def coordinates(self, device):
         """The place (R, N, p * p, 2) of every pixel: row and column, from -1 to 1 over an
@@ -351,10 +352,11 @@ class Grid:
         pixel = torch.arange(regions * region, device=device)
         if self.config.released:                # stretched over the canvas
             return 2 * (pixel - before) / max(length - 1, 1) - 1
-        # Ours: region i of n gets the coordinates of region floor(i m / n) of the m in a
+        # Ours: region i gets the coordinates of region floor(i m / regions) of the m in a
         # training image, so that no brick meets coordinates it was not trained on.
-        m, i = math.ceil(size / region), pixel // region
-        return 2 * (i * m // regions * region + pixel % region) / max(size - 1, 1) - 1
+        m = math.ceil(size / region)
+        trained = pixel // region * m // regions
+        return 2 * (trained * region + pixel % region) / max(size - 1, 1) - 1
 
 
 # ---- The brick -----------------------------------------------------------------------
@@ -372,13 +374,13 @@ class Brick(nn.Module):
     def __init__(self, spec, config, first, block=Block):
         super().__init__()
         self.spec, self.config, self.first = spec, config, first
-        D, pixels = config.width, spec.patch ** 2
-        channels = config.channels * (1 if first else 2) + 2
-        self.local = nn.Linear(channels * pixels, D)
+        D, area = config.width, spec.patch ** 2
+        channels = config.channels * (1 if first else 2) + 2             # z, x, coordinates
+        self.local = nn.Linear(channels * area, D)
         self.local_mlp = nn.Linear(D, D) if config.local_mlp else None
         self.blocks = nn.ModuleList(block(config) for _ in range(spec.depth))
         self.adaln = nn.Linear(D, 2 * D)
-        self.decode = nn.Linear(D, config.channels * pixels)
+        self.decode = nn.Linear(D, config.channels * area)
         table = position_table(spec.region // spec.patch, D)
         self.register_buffer("position", table, persistent=False)
 
@@ -390,7 +392,7 @@ class Brick(nn.Module):
         place = grid.coordinates(x.device).to(x.dtype).expand(len(x), -1, -1, -1, -1)
         seen = [grid.cut(x), place] if self.first else [old, grid.cut(x), place]
         pixels = torch.cat(seen, 4).flatten(3)                           # (B, R, N, inputs)
-        mask = grid.mask(x.device)                                       # (R, N, N) or None
+        real = grid.real(x.device)                                       # (R, N) or None
 
         B, R, N, _ = pixels.shape
         regions = torch.arange(R, device=x.device) if regions is None else regions
@@ -399,7 +401,7 @@ class Brick(nn.Module):
         new = []
         for some in regions.split(max(1, at_once)):     # a few, which take little memory
             h = self.enrich(pixels[:, some].to(c.dtype))                 # (B, some, N, D)
-            h = self.orchestrate(h, c, None if mask is None else mask[some])
+            h = self.orchestrate(h, c, None if real is None else real[some])
             h = self.decode(modulate(h, shift, scale))                   # (B, some, N, p * p * C)
             new.append(h.to(x.dtype))
         new, old = torch.cat(new, 1), old.flatten(3)
@@ -414,9 +416,12 @@ class Brick(nn.Module):
             h = self.local_mlp(gelu(h))
         return h + self.position.to(h.dtype)
 
-    def orchestrate(self, h, c, mask):
-        """Global-content orchestration: the tokens of a region attend to each other."""
-        if mask is not None:
+    def orchestrate(self, h, c, real):
+        """Global-content orchestration: the tokens of a region attend to each other. Those of
+        nothing but padding see only each other, and no other token sees them."""
+        mask = None
+        if real is not None:
+            mask = real[:, :, None] == real[:, None, :]                  # (R, N, N)
             mask = mask[:, None].repeat(len(h), 1, 1, 1)                 # (B * R, 1, N, N)
         for block in self.blocks:
             h = block(h, c, mask)
@@ -449,7 +454,8 @@ class Lego(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-                if "adaln" in name or "decode" in name:      # a new brick adds nothing to z
+                # A new block is the identity, and a new brick adds nothing to z.
+                if "adaln" in name or "decode" in name:
                     nn.init.zeros_(module.weight)
 
     def condition(self, c_noise, labels):
@@ -469,14 +475,14 @@ class Lego(nn.Module):
     def forward(self, x, c_noise, labels=None, *,
                 skip=(),                # indices of bricks to leave out, which then cost nothing
                 return_all=False,       # a list with F of every brick that ran for some image
-                rows=None,              # a slice for every brick: the images that it runs for
+                rows=None,              # for every brick the images it runs for, as a slice
                 regions=None,           # for every brick the indices of regions to run, or None
                 hidden=None,            # (B, K) bool: later bricks get the z that this one got
                 offset=(0, 0)):         # see `Grid`
         """F of the last brick that ran, (B, C, H, W). Where a brick does not run, z passes it by.
 
         x is c_in times the noisy images, of any H and W. c_noise (B,) is ln(sigma)/4. A brick
-        runs for the images in its noise range, unless `rows` says for which, and is trusted.
+        runs for the images in its noise range, or for those that `rows` names, unchecked.
         labels (B,) go from 0 to classes; the last one, like None, means "no label". ValueError
         if `skip` names an unknown brick or leaves an image without one, and for labels of
         another shape or where there are no classes."""
@@ -559,7 +565,8 @@ def dpm2m(x, sigma, sigma_next, denoise, state, **_):
     x0_hat = denoise(x, sigma)
     if sigma_next == 0:
         return x0_hat
-    h, ahead = math.log(sigma / sigma_next), x0_hat
+    h = math.log(sigma / sigma_next)
+    ahead = x0_hat
     if state:
         ahead = x0_hat + h / (2 * state["h"]) * (x0_hat - state["x0_hat"])
     state.update(h=h, x0_hat=x0_hat)
@@ -614,7 +621,7 @@ def pick_regions(spec, fraction, H, W, point):
     pixels in the loss.
 
     The regions are those nearest to a random `point` (2,) in [0, 1), where distance wraps round
-    the edges (ours). All bricks share it, so most later regions get a z that is refined."""
+    the edges (ours). All bricks share the point, so most later regions get a refined z."""
     rows, columns = math.ceil(H / spec.region), math.ceil(W / spec.region)
     middles = [(torch.arange(n, device=point.device) + .5) / n for n in (rows, columns)]
     down, across = [(middle - at + .5) % 1 - .5 for middle, at in zip(middles, point)]
@@ -653,19 +660,20 @@ class Diffusion:
         """The loss of a step: (scalar, losses (B, K) of every brick, sigma (B,)).
 
         A brick's loss for an image of x0 is the mean squared error of F (paper, equation 6, with
-        weight 1 / c_out^2), NaN if it did not run. The scalar is the sum of all of them over B K,
+        weight 1 / c_out^2), NaN if it did not run. The scalar is the sum of the others over B K,
         or with supervise_all=False the mean, over the images, of the last brick's.
         brick_drop is a number or a tensor (K,), and a hidden result is learnt from all the
         same. With supervise_all=False take detach=False, so that other bricks learn as well.
-        Of several processes, a rank has every world-th of the noise levels, and draws are those
-        of the whole batch. ValueError if a brick works at none of the levels of a batch, if
-        `skip` leaves an image without a brick, and for labels of another shape than (B,)."""
+        Each of several processes makes all draws of the whole batch, and keeps every world-th of
+        them. ValueError if a brick works at none of the levels that are drawn, if `skip` leaves
+        an image without a brick, and for labels of another shape than (B,)."""
         B, C, H, W = x0.shape
         check_labels(labels, B)
-        (rank, world), device, config = shard, x0.device, model.config
+        rank, world = shard
+        device, config = x0.device, model.config
         n, K = world * B, len(config.bricks)
 
-        def draw(*shape, law=torch.rand):       # for the whole batch, of which we keep our part
+        def draw(*shape, law=torch.rand):
             return law(n, *shape, generator=generator, device=device)[rank::world]
 
         # Noise: the levels rise, so that each brick runs on a slice of the batch.
@@ -696,7 +704,9 @@ class Diffusion:
 
         # Compare with what F should have been.
         target = (x0 - c_skip * x) / c_out
-        losses, total, last = x0.new_full((B, K), torch.nan), 0.0, x0.new_zeros(B)
+        losses = x0.new_full((B, K), torch.nan)
+        last = x0.new_zeros(B)                  # the loss of the last brick that ran for an image
+        total = 0.0
         ran = [k for k in range(K) if k not in skip and len(sigma[rows[k]])]
         for k, F in zip(ran, out, strict=True):
             error = (F - target)[rows[k]].square() * weights[k]
@@ -712,17 +722,19 @@ class Diffusion:
         """For every brick its slice of a batch of n images in order of noise: the share of the
         training levels in its range, rounded to whole images. ValueError if that is none, or if
         `skip` leaves an image without a brick."""
-        (rank, world), rows, left, skip = shard, [], [], config.checked(skip)
+        rank, world = shard
+        skip = config.checked(skip)
+        rows, bare = [], set(range(n))          # bare: the images that no brick runs for
         for k, spec in enumerate(config.bricks):
             first, end = (round(n * self.quantile(sigma)) for sigma in spec.noise)
             if first == end:
                 raise ValueError(f"brick {k} ({spec}) works at none of the {n} noise levels of a "
                                  f"batch: take a larger batch, or widen its noise range")
             if k not in skip:
-                left.append(range(first, end))
+                bare.difference_update(range(first, end))
             # This rank has the images rank, rank + world, ...
             rows.append(slice(math.ceil((first - rank) / world), math.ceil((end - rank) / world)))
-        if skip and (bare := set(range(n)).difference(*left)):
+        if bare:
             raise ValueError(f"without bricks {sorted(skip)} none is left for {len(bare)} of the "
                              f"{n} noise levels of a batch: skip fewer of them")
         return rows
@@ -730,13 +742,14 @@ class Diffusion:
     def denoise(self, model, x, sigma, labels=None, *, skip=(), guidance=1.0, return_all=False,
                 offset=(0, 0)):
         """x0_hat from x = x0 + sigma eps, (B, C, H, W), or with `return_all` a list with that of
-        every brick that ran. sigma is a number or (B,); skip and offset go to the model.
+        every brick that ran. sigma is a number or (B,), above 0; skip and offset go to the model.
 
         Guidance g other than 1 is none + g (label - none), the estimates with and without label.
         ValueError if there are no labels to guide with, or if no brick is left."""
         rows = None
-        if not torch.is_tensor(sigma):          # For a number the same bricks run for all images,
-            run = model.config.running(sigma, skip)     # and a GPU need not be asked which.
+        if not torch.is_tensor(sigma):
+            # The same bricks run for all images, and a GPU need not be asked which.
+            run = model.config.running(sigma, skip)
             nobody, everybody = slice(0), slice(None)
             rows = [everybody if k in run else nobody for k in range(len(model.config.bricks))]
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
@@ -781,7 +794,7 @@ class Diffusion:
         return asked
 
     def schedule(self, config, skip=(), steps=None, sampler=None, churn=0.0):
-        """The bricks that each step leaves out, as sets, for the arguments of `sample`.
+        """For every step of `sample` with these arguments the set of bricks that it leaves out.
         ValueError if an evaluation would find no brick at its noise level."""
         asked = self.evaluations(steps, sampler, churn)
         steps = 1 + asked[-1][0]
@@ -810,21 +823,23 @@ class Diffusion:
         see all its stages:
         1. Its scene is made at the training height, which decides how large things are.
         2. It is made in whole training widths, of which the middle is cut out. If there are
-           several, the edges meet as in a panorama, which turns under the regions at every
-           step, so that no seam stays.
-        3. It is enlarged by at most two at a time. Each time noise is added and removed again,
-           while the grid of regions shifts both ways. This begins at the first level of the walk
-           that is at most REFINE: a walk of 6 steps or fewer adds little detail, and one that
-           began higher would draw a scene into every region.
+           several, the left edge continues the right one, and the whole panorama turns under
+           the regions at every step, so that no seam stays.
+        3. It is enlarged by a factor of at most two at a time. Each time noise is added and
+           removed again, while the grid of regions moves on, down and right. This begins at the
+           first level of the walk that is at most REFINE. With few steps it may lie far below,
+           which adds little detail. From a higher one, every region would get a scene of its own.
         4. A canvas lower than in training is a shrunken one."""
         skips = self.schedule(model.config, skip, steps, sampler, churn)
         levels, device = self.levels(len(skips)), next(model.parameters()).device
-        (B, C, H, W), size = shape, model.config.size
+        B, C, H, W = shape
+        size = model.config.size
         (h, w), *larger = canvases(size, H, W)
         restart = next(i for i, sigma in enumerate(levels) if sigma <= REFINE)
         refined = sum(height > size for height, _ in larger)
         total = len(skips) + refined * (len(skips) - restart)
-        done, x0_hat = count(1), None
+        done = count(1)
+        x0_hat = None
 
         def descend(x, first, turn=0, shift=(0, 0)):
             """From x at levels[first] to clean images. At every step the canvas turns sideways,
@@ -837,8 +852,10 @@ class Diffusion:
                 x0_hat = self.estimate(model, turned, sigma, labels, skip=skips[i],
                                        guidance=guidance, offset=offset)
                 x0_hat = x0_hat.roll(moves * turn, 3)
-                x0_hat = guide(x0_hat, x, sigma) if guide else x0_hat
-                x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
+                if guide:
+                    x0_hat = guide(x0_hat, x, sigma)
+                if clip:
+                    x0_hat = x0_hat.clamp(-1, 1)
                 return x0_hat
 
             noise = partial(normal, x.shape, generator, device)
@@ -865,9 +882,9 @@ class Diffusion:
 
 class EDM(Diffusion):
     """Karras et al. 2022: F and its input have unit scale at every noise level, and sigma is
-    log-normal in training. (train_tiny.py takes P_mean=-0.8 and P_std=1.4, which visits the high
-    levels more often: they decide the colours of a sample.) They sample by Heun's method. The
-    default here does as well with half of the evaluations."""
+    log-normal in training. (train_tiny.py takes P_mean=-0.8 and P_std=1.4. That visits the high
+    levels more often, which decide the colours of a sample.) Karras et al. sample by Heun's
+    method, and the default here does as well with half of the evaluations."""
     sampler, steps, with_churn = "dpm2m", 18, ("heun", "euler")
 
     def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5, sigma_min=0.002, sigma_max=80.0,
@@ -913,7 +930,8 @@ class DDPM(Diffusion):
             beta = torch.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T, dtype=torch.float64)
         else:
             raise ValueError(f"unknown schedule {schedule!r}: take cosine or linear")
-        self.T, self.abar = T, (1 - beta.clamp(max=0.999)).cumprod(0)    # (T,), float64
+        self.T = T
+        self.abar = (1 - beta.clamp(max=0.999)).cumprod(0)               # (T,), float64
         self.sigmas = ((1 - self.abar) / self.abar).sqrt().float()
         self.rising = self.sigmas.tolist()
 
@@ -955,7 +973,7 @@ OBJECTIVES = {"edm": EDM, "ddpm": DDPM}
 
 # ---- Presets -------------------------------------------------------------------------
 
-# Ours: the default, and the plain DiTs of the same width that it is compared with.
+# Ours: the default, and stacks of a single brick, which are DiTs, to compare it with.
 TINY = "32/4x6@0.3: 32/4x6@:0.4 16/2x4@:0.25 32/2x3@0.05:1.2"
 PRESETS = {
     "tiny": LegoConfig.parse(TINY, width=128, heads=4),

@@ -617,7 +617,7 @@ def test_a_level_without_a_brick_is_refused_before_the_first_evaluation(missing,
     model = filled(LegoConfig.parse("16/4x1@0.3: 8/2x1@:0.4", width=16, heads=2))
     model.register_forward_hook(lambda *_: pytest.fail("the network was evaluated"))
     first = max(level for level in EDM().levels(6) if level < .3 or not missing)
-    said = rf"none is left from sigma .*{first:.3g}\b.*keep at least one of \[{missing}\]"
+    said = rf"none is left from sigma .*{first:.3g}\b.*keep some of \[{missing}\]"
     with pytest.raises(ValueError, match=said):
         EDM().sample(model, (1, 3, 16, 16), steps=6, skip=skip)
 
@@ -1344,6 +1344,23 @@ class Mean(Block):
         return self.proj(h.mean(2, keepdim=True).expand_as(h))
 
 
+class Named(Block):
+    def mix(self, h, scale=1, *, mask=None):
+        return super().mix(h * scale, mask)
+
+
+def test_a_mixer_gets_its_mask_by_name():
+    x = rand(1, 3, 16, 13)
+    expected, found = (filled(SMALL, block=block)(x, torch.zeros(1)) for block in (Block, Named))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("sigma", [0.0, math.inf, math.nan])
+def test_a_noise_level_that_is_none_is_refused(sigma):
+    for level in (sigma, torch.tensor([1.0, sigma])):
+        refuses("above 0 and finite", EDM().denoise, filled(SMALL), rand(2, 3, 16, 16), level)
+
+
 def test_a_mixer_of_ones_own_learns_gray_images_of_ones_own_by_ddpm(tmp_path, capsys):
     model = filled(SMALL, block=Mean)
     with FlopCounterMode(display=False) as counter:
@@ -1521,7 +1538,7 @@ BAD_SAMPLING = named(
     "--label -1", "--guidance nan", "--guidance -1", "--guidance inf", "--churn nan",
     "--sampler magic") | {
     "--skip 0,1,2": "cannot skip", "--skip 7": "bricks 0 to 2", "--skip 1@.5-.2": "must rise",
-    "--skip 0,1": "keep at least one of [0, 1]", "--skip '0,1@.5-1'": "none is left from sigma 0.",
+    "--skip 0,1": "keep some of [0, 1]", "--skip '0,1@.5-1'": "none is left from sigma 0.",
     "--skip '0@0-1;2@.5-1'": "none is left from sigma 0.", "--label dragon": "dragon",
     "--ckpt README.md": "not a LEGO", "--ckpt nowhere.pt": "nowhere.pt", "--out x.bmp": "x.bmp",
     "--size 1024 --out x.gif": "name a folder", "--out README.md/s.png": "README.md",
