@@ -900,8 +900,9 @@ class EDM(Diffusion):
         return c_skip, c_out, total.rsqrt(), sigma.log() / 4
 
     def sigma_at(self, q):
-        q = q.clamp(1e-6, 1 - 1e-6)             # ndtri is infinite at 0 and 1
-        return (self.P_mean + self.P_std * torch.special.ndtri(q)).exp()
+        device, q = q.device, q.clamp(1e-6, 1 - 1e-6)   # ndtri is infinite at 0 and 1
+        q = q.cpu() if device.type == "mps" else q      # and Apple's GPUs do not have it
+        return (self.P_mean + self.P_std * torch.special.ndtri(q)).exp().to(device)
 
     def quantile(self, sigma):
         ln_sigma = math.log(sigma) if sigma else -math.inf

@@ -67,6 +67,8 @@ def read_flags(arguments=None):
     a = p.parse_args(arguments)
     check_limits(p, a, dict(n=(1, 1 << 32), batch=(1, 1 << 16), steps=(1, 10_000),
                             seed=(0, 1 << 64), guidance=(0, 1000), churn=(0, 1000)))
+    if a.bench and a.skip:
+        p.error("--bench times the subsets by itself: leave --skip out")
     if a.stages and a.churn:
         p.error("--stages shows the noise levels of a walk, which --churn changes: leave one out")
     return a
@@ -303,6 +305,8 @@ def write_samples(sampler, n, out):
         else:
             save_picture(picture(np.concatenate(list(batches)), columns), out)
     else:
+        if (out / f"{n:06d}.png").exists():
+            raise ValueError(f"{out} holds more images, of an earlier run: name another folder")
         for i, image in enumerate(itertools.chain.from_iterable(batches)):
             save_picture(picture(image[None], 1, enlarge=False), out / f"{i:06d}.png")
 

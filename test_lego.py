@@ -829,39 +829,27 @@ def tar_of(members):
     return file.getvalue()
 
 
-def test_cifar10_records_are_read_or_refused(tmp_path):
+def test_cifar10_records_are_read(tmp_path):
     records = np.random.default_rng(0).integers(0, 256, (6, 4, 3073), dtype=np.uint8)
     records[:, :, 0] %= 10
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     members = dict(zip(names, map(bytes, records)))
-    path, whole = tmp_path / "cifar.tar.gz", tar_of(members)
-    path.write_bytes(whole)
+    path = tmp_path / "cifar.tar.gz"
+    path.write_bytes(tar_of(members))
     (images, labels), (test_images, test_labels) = train_tiny.read_cifar10(path)
     assert labels.tolist() == records[:5, :, 0].flatten().tolist()
     assert test_labels.tolist() == records[5, :, 0].tolist()
     assert test_images.shape[1:] == images.shape[1:] == (32, 32, 3)
     assert images[9, 5, 7].tolist() == records[2, 1, 1 + 32 * 5 + 7::1024].tolist()
-    short = tar_of(members | dict(data_batch_3=members["data_batch_3"][:-1]))
-    missing = tar_of({name: members[name] for name in names[:5]})
-    for bad in (short, missing, whole[:len(whole) // 2], b"<html>404</html>"):
-        path.write_bytes(bad)
-        refuses("cifar.tar.gz is damaged", train_tiny.read_cifar10, path)
-    for wrong in (labels + 10, labels[1:]):
-        refuses("20 images of 10 classes have", train_tiny.in_memory, "d", train_tiny.CIFAR10, True,
-                32, (images, wrong))
 
 
 @pytest.mark.parametrize("shape", [(5, 28, 27), (5,)])
-def test_idx_files_are_read_or_refused(tmp_path, shape):
+def test_idx_files_are_read(tmp_path, shape):
     path = tmp_path / "x.gz"
     array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    good = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + bytes(array)
-    path.write_bytes(gzip.compress(good))
+    head = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+    path.write_bytes(gzip.compress(head + bytes(array)))
     assert np.array_equal(train_tiny.read_idx(path), array)
-    broken = [good[:-1], good + b"\0", b"", good[:6], bytes(2) + b"\x09" + good[3:]]
-    for bad in [b"<html>", gzip.compress(good)[:-9], *map(gzip.compress, broken)]:
-        path.write_bytes(bad)
-        refuses("x.gz is damaged", train_tiny.read_idx, path)
 
 
 def picture_file(mode, size=(40, 30), colour=None, form="PNG"):
@@ -884,6 +872,8 @@ def test_folders_and_zips_of_images_of_any_size_and_mode(tmp_path):
     dogs |= {"set/dogs/sixteen.png": picture_file("I;16", colour=90 * 257),
              "set/dogs/one.png": picture_file("1", colour=1),
              "set/dogs/gray.jpg": picture_file("L", colour=80, form="JPEG"),
+             "set/dogs/deep.tif": picture_file("I", colour=9, form="TIFF"),
+             "set/dogs/float.tif": picture_file("F", colour=.5, form="TIFF"),
              "set/dogs/broken.png": b"not an image", "set/dogs/notes.txt": b"hello",
              "set/dogs/.hidden.png": picture_file("RGB"), "set/.cache/x.png": picture_file("RGB"),
              "set/dogs/program.png": picture_file("RGB", form="EPS"),
@@ -1004,6 +994,15 @@ def test_downloads_resume_are_checked_and_say_where_to_put_the_file(tmp_path):
     server.server_close()
     refuses(f"put it at {path}", fetch, "good")
     assert not path.exists()
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
+    mine = train_tiny.lock(tmp_path / "run")
+    refuses("another process is at work in", train_tiny.lock, tmp_path / "run")
+    assert in_process(train_tiny, TINY, "--steps 1 --out", tmp_path / "run") == 2
+    assert os.listdir(tmp_path / "run") == [".lock"]
+    mine.close()
+    train_tiny.lock(tmp_path / "run").close()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -1127,7 +1126,7 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path, kills):
     assert one == other
     held = np.genfromtxt(run / "held_out.csv", delimiter=",", names=True)["step"].tolist()
     assert held == sorted(set(held)) and held[-1] == 150 * kills
-    assert not list(run.glob(".*"))
+    assert not list(run.glob(".*.part"))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
@@ -1138,7 +1137,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))
     said = finish(start("train_tiny.py --resume", run, "--steps 9", preexec_fn=full), code=2)
     assert "go on with --resume" in said.splitlines()[-1] and "Traceback" not in said
-    assert (run / "checkpoint.pt").read_bytes() == before and not list(run.glob(".*"))
+    assert (run / "checkpoint.pt").read_bytes() == before and not list(run.glob(".*.part"))
     held = run / "held_out.csv"                     # It has a line beyond the checkpoint,
     held.write_text(held.read_text() + "1")         # and now the beginning of one of step 10.
     assert in_process(train_tiny, "--resume", run, "--steps 9") == 0
@@ -1383,6 +1382,14 @@ def test_a_mixer_of_ones_own_learns_gray_images_of_ones_own_by_ddpm(tmp_path, ca
     assert "pass block=Mean" in said and "blocks of the class Mean" in said
 
 
+def test_a_run_goes_on_with_images_of_no_class_that_moved(tmp_path):
+    images = {f"{i}.png": picture_file("L", colour=20 * i) for i in range(12)}
+    data, run = zip_of(tmp_path / "photos.zip", images), tmp_path / "run"
+    assert in_process(train_tiny, TINY, "--dataset", data, "--steps 1 --out", run) == 0
+    moved = data.rename(tmp_path / "pictures.zip")
+    assert in_process(train_tiny, "--resume", run, "--steps 2 --dataset", moved) == 0
+
+
 def test_samples_do_not_depend_on_batch_or_container(trained, tmp_path):
     flags = "--n 5 --steps 3 --size 24x44 --skip '1@0-.5;2' --guidance 2 --precision fp32"
     for name, more in {"a.npz": "", "b.npz": "--batch 2", "folder": "--batch 2", "sheet.png": "",
@@ -1391,6 +1398,8 @@ def test_samples_do_not_depend_on_batch_or_container(trained, tmp_path):
         assert in_process(sample_tiny, "--ckpt", trained, *flags_and_out) == 0
     a, b, c, d = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "abcd")
     folder = [np.asarray(Image.open(tmp_path / "folder" / f"{i:06d}.png")) for i in range(5)]
+    fewer = "--n 2 --steps 3 --out", tmp_path / "folder"        # It would keep the other three.
+    assert in_process(sample_tiny, "--ckpt", trained, *fewer) == 2
     assert a.shape == (5, 24, 44, 3) and a.dtype == np.uint8 and np.array_equal(b, np.stack(folder))
     assert np.abs(a.astype(int) - b).max() <= 1 and len({image.tobytes() for image in a}) == 5
     assert np.abs(a.astype(int) - c).mean() > 1
@@ -1513,7 +1522,8 @@ BAD_TRAINING = named(
     "--lr -1", "--minutes nan", "--region-fraction 1,2", "--brick-drop 1", "--frobnicate",
     "--save-minutes -1") | {
     "--dataset nowhere": "nowhere", "--dataset README.md": "README.md",
-    "--resume nowhere": "nowhere", "--resume assets": "assets", "--out README.md/run": "README.md",
+    "--resume nowhere": "nowhere", "--resume assets": "assets", "--out ''": "name a folder",
+    "--out README.md/run": "README.md",
     "--out RUN": "go on with it by --resume",
     "--out RUN --resume RUN --lr .1": "--lr 0.1 contradicts",
     "--p-std 0": "--p-std must lie", "--objective ddpm --p-mean -1": "for --objective edm",
@@ -1542,7 +1552,8 @@ BAD_SAMPLING = named(
     "--skip '0@0-1;2@.5-1'": "none is left from sigma 0.", "--label dragon": "dragon",
     "--ckpt README.md": "not a LEGO", "--ckpt nowhere.pt": "nowhere.pt", "--out x.bmp": "x.bmp",
     "--size 1024 --out x.gif": "name a folder", "--out README.md/s.png": "README.md",
-    "--stages --bench": "not allowed with", "--stages --sampler heun --churn 9": "leave one out",
+    "--stages --bench": "not allowed with", "--bench --skip 1": "leave --skip out",
+    "--stages --sampler heun --churn 9": "leave one out",
     "--stages --size 8": "take --size 16",
     "--sampler dpm2m --churn 1": "churn is for EDM and the samplers heun and euler: name one"}
 BAD_MEASURING = {
@@ -1550,7 +1561,8 @@ BAD_MEASURING = {
     "compare '--size 40x4'": "7 pixels", "compare '--label 1'": "--label",
     "compare '' '--ckpt assets/cifar10.pt'": "same classes", "compare --dataset nowhere": "nowhere",
     "compare --dataset assets": "has not the checkpoint's channels and classes",
-    "subsets --n 3": "--n must lie", "subsets --frobnicate": "--frobnicate",
+    "subsets --n 3": "--n must lie", "subsets '' ''": "a single case",
+    "subsets --log assets/levels.csv": "not there yet", "subsets --frobnicate": "--frobnicate",
     "race nowhere --log l.csv": "nowhere", "race": "--log", "plot README.md": "levels, race, curve",
     "race --log assets/levels.csv": "no log with the columns data, kind",
     "plot": "levels, race, curve", "pace '--bricks 16'": "cannot read"}
@@ -1722,11 +1734,14 @@ def test_ways_to_sample_are_compared_with_true_images(trained, tmp_path, capsys)
 
 def test_runs_are_raced_and_paced_and_drawn(trained, tmp_path, capsys):
     log = tmp_path / "race.csv"
-    run = tmp_path / "some-stack-7"
+    run = tmp_path / "some-stack-0"
     run.symlink_to(trained.parent)
+    for wrong in ("some-stack-7", "0"):                         # The seed was 0.
+        (tmp_path / wrong).symlink_to(trained.parent)
+        assert in_process(measure, "race --log", log, tmp_path / wrong) == 2 and not log.exists()
     assert in_process(measure, "race --log", log, run) == 0
     lines, held = measure.read_log(log), measure.read_log(trained.parent / "held_out.csv")
-    assert {(line["kind"], line["seed"]) for line in lines} == {("some-stack", "7")}
+    assert {(line["kind"], line["seed"]) for line in lines} == {("some-stack", "0")}
     assert [line["last"] for line in lines] == [line["last"] for line in held]
     assert in_process(measure, "plot", log) == 2                                # a single point
     other = [line | dict(seed="1", share="0.5",

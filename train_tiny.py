@@ -150,15 +150,6 @@ DAMAGED = (gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, zlib.error, E
            NotImplementedError)         # what zipfile says of a version it does not know
 
 
-@contextmanager
-def reading(path):
-    """Turn the errors of readers that meet a wrong file into a ValueError that names it."""
-    try:
-        yield
-    except (KeyError, ValueError, *DAMAGED) as error:
-        raise ValueError(f"{path} is damaged or not what it should be ({error})") from error
-
-
 @dataclass(eq=False)
 class Data:
     """A data set of uint8 images (n, size, size, channels) and labels (n,), which are places in
@@ -220,6 +211,21 @@ def to_bytes(images):
     return (images.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def lock(folder):
+    """Make a folder, and keep other processes out that ask for it, until the open file that this
+    returns is closed. ValueError if another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    with suppress(ImportError, OSError):        # Windows and some network disks have no locks.
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work in {folder}: wait until it is done, or "
+                             f"name another folder") from None
+    return file
+
+
 def fetch(name, sha256, urls, folder, opener=open):
     """The path of a file in `folder`, downloaded from one of `urls` if it is not there. sha256 is
     that of the bytes that `opener` reads from it. ValueError if the right file cannot be had."""
@@ -234,24 +240,24 @@ def fetch(name, sha256, urls, folder, opener=open):
             return path
         raise ValueError(f"{path} is damaged: delete it, to download it again")
     reasons = []
-    for url in urls:
-        try:
-            download(url + name, part)
-        except (OSError, ValueError, HTTPException) as error:
-            reasons.append(f"{url}: {error}")
-            if getattr(error, "code", None) != 416:     # 416: the part is as long as the file.
-                continue
-        if is_right(part):
-            return part.replace(path)
-        part.unlink()
-        reasons.append(f"{url}: wrong checksum")
+    with lock(path.parent):
+        for url in urls:
+            try:
+                download(url + name, part)
+            except (OSError, ValueError, HTTPException) as error:
+                reasons.append(f"{url}: {error}")
+                if getattr(error, "code", None) != 416:     # 416: the part is as long as the file.
+                    continue
+            if is_right(part):
+                return part.replace(path)
+            part.unlink()
+            reasons.append(f"{url}: wrong checksum")
     raise ValueError(f"cannot download {name} ({'; '.join(reasons)}). "
                      f"Get it elsewhere and put it at {path}")
 
 
 def download(url, part):
     """Download to the path `part`, going on after the bytes that it holds already."""
-    part.parent.mkdir(parents=True, exist_ok=True)
     have = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={have}-", "User-Agent": "lego-tiny"}
     request = urllib.request.Request(url, headers=headers)
@@ -279,9 +285,9 @@ def cifar10(folder, size):
 
 def read_cifar10(path):
     """Two pairs of uint8 images (n, 32, 32, 3) and labels (n,) from the official archive, the one
-    to train on and the one to test with. ValueError if it is damaged."""
+    to train on and the one to test with."""
     pairs = []
-    with reading(path), tarfile.open(path, "r:gz") as archive:
+    with tarfile.open(path, "r:gz") as archive:
         for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
             file = archive.extractfile(f"cifar-10-batches-bin/{name}.bin")
             records = np.frombuffer(file.read(LARGEST_FILE), np.uint8).reshape(-1, 3073)
@@ -315,22 +321,15 @@ def fashion_mnist(folder, size):
 
 
 def read_idx(path):
-    """The array of a gzipped idx file of bytes. ValueError if it is damaged."""
-    with reading(path), gzip.open(path) as file:
+    """The array of a gzipped idx file of bytes."""
+    with gzip.open(path) as file:
         data = np.frombuffer(file.read(LARGEST_FILE), np.uint8)
-        if len(data) < 4 or data[:3].tolist() != [0, 0, 8]:
-            raise ValueError("it is no idx file of bytes")
-        head = 4 + 4 * int(data[3])         # The fourth byte is the number of axes.
-        return data[head:].reshape(data[4:head].view(">u4"))
+    head = 4 + 4 * int(data[3])             # The fourth byte is the number of axes.
+    return data[head:].reshape(data[4:head].view(">u4"))
 
 
 def in_memory(name, classes, flip, size, *pairs):
-    """The Data of two pairs (images, labels), one to train on and one held out. ValueError if the
-    labels do not fit the images or the classes."""
-    for images, labels in pairs:
-        if len(images) != len(labels) or labels.max(initial=0) >= len(classes):
-            raise ValueError(f"{name}: {len(images)} images of {len(classes)} classes have "
-                             f"{len(labels)} labels up to {labels.max(initial=0)}")
+    """The Data of two pairs (images, labels), one to train on and one held out."""
     train, held_out = [(resized(images, size), labels) for images, labels in pairs]
     return Data(name, classes, train[0].shape[-1], flip, size, train, held_out)
 
@@ -344,10 +343,12 @@ def resized(images, size):
 
 
 def read_image(file, size):
-    """An image of any mode as uint8 (size, size, 3): upright, on white, cropped around its centre.
-    Pillow's errors pass through."""
+    """An image as uint8 (size, size, 3): upright, on white, cropped around its centre. ValueError
+    for 32 bits a channel, whose range nobody knows. Pillow's errors pass through."""
     image = ImageOps.exif_transpose(Image.open(file, formats=FORMATS))
-    if image.mode.startswith("I"):          # It has 16 bits a pixel.
+    if image.mode in ("I", "F"):
+        raise ValueError("an image of 32 bits a channel")
+    if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -402,14 +403,18 @@ def files_in(path):
         for file in sorted(path.rglob("*")):
             yield file.relative_to(path.parent), partial(file.open, "rb")
         return
-    with reading(path), zipfile.ZipFile(path) as archive:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (ValueError, *DAMAGED) as error:
+        raise ValueError(f"{path} is no zip of images that can be read: {error}") from error
+    with archive:
         members = archive.infolist()
         if sum(info.file_size for info in members) > 100 * path.stat().st_size + LARGEST_FILE:
-            raise ValueError("it unpacks to more than a hundred times its size")
+            raise ValueError(f"{path} unpacks to more than a hundred times its size")
         for info in sorted(members, key=lambda info: info.filename):
             name, link = Path(info.filename), stat.S_ISLNK(info.external_attr >> 16)
             if link or ".." in name.parts or info.filename.startswith(("/", "\\")):
-                raise ValueError(f"member {info.filename!r} points out of the archive")
+                raise ValueError(f"{path}: member {info.filename!r} points out of the archive")
             yield path.stem / name, partial(archive.open, info)
 
 
@@ -519,6 +524,8 @@ def pick_device(name):
     try:
         one = torch.ones(1, device=name)
         one.item()                              # which the device "meta" cannot do
+        if one.is_cuda:
+            torch.cuda.set_device(one.device)   # on which graphs are recorded
         return one.device
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
@@ -675,6 +682,8 @@ def read_flags(arguments=None):
             if name not in FREE and value != stored[name]:
                 raise ValueError(f"--{name.replace('_', '-')} {value} contradicts the run to "
                                  f"resume, which has {stored[name]}")
+    if "" in (s.out, s.resume):
+        p.error("--out and --resume must name a folder, found none")
     if s.steps is None and s.minutes is None:
         s.minutes = 10.0
     if s.objective == "edm":
@@ -1011,7 +1020,8 @@ def captured(compute):
                 compute()
             return torch.cuda.current_stream().wait_stream(stream)
         if calls == 4:
-            with torch.cuda.graph(graph):
+            # Another thread may copy images to the GPU meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 compute()
         graph.replay()
 
@@ -1024,8 +1034,11 @@ def writing(out):
     try:
         yield
     except OSError as error:
-        raise ValueError(f"cannot write to {out} ({error}). A checkpoint saved before is whole: "
-                         f"make room and go on with --resume {out}") from error
+        advice = "name another folder with --out"
+        if Path(out, "checkpoint.pt").exists():
+            advice = (f"a checkpoint saved before is whole, so make room and go on with --resume "
+                      f"{out}")
+        raise ValueError(f"cannot write to {out} ({error}): {advice}") from error
 
 
 class Trainer:
@@ -1076,6 +1089,7 @@ class Trainer:
         self.source = source(self.data, s, self.device, rank, world, self.step)
         self.graph = captured(self.compute) if on_gpu else None
         self.began = time.perf_counter() - self.seconds
+        self.lock = None            # of the folder of the run
         self.stop = False           # whether a signal asked for it
 
     def load_data(self):
@@ -1093,10 +1107,12 @@ class Trainer:
     def restore(self, state, block):
         """Go on from a checkpoint. ValueError if it does not hold a run of this stack and data."""
         info, train = state["info"], state["train"]
-        known = info["classes"], self.config.channels
-        if known != (self.data.classes, self.data.channels):
-            raise ValueError("the run to resume knows the classes {} and {} channels, found {} and "
-                             "{}".format(*known, self.data.classes, self.data.channels))
+        known, found = info["classes"], self.data.classes
+        same = known == found if self.config.classes else len(found) == 1    # and any name will do
+        if not same or self.config.channels != self.data.channels:
+            raise ValueError(f"the run to resume knows the classes {known} and "
+                             f"{self.config.channels} channels, found {found} and "
+                             f"{self.data.channels}")
         if state["block"] != block.__name__:
             raise ValueError(f"the run to resume has blocks of the class {state['block']}, not "
                              f"{block.__name__}: pass that class as `block`")
@@ -1238,10 +1254,11 @@ class Trainer:
         self.say_goodbye(out, stopped)
 
     def open_logs(self, out):
-        """Make the folder of the run and its logs, or cut those of a resumed run."""
+        """Make the folder of the run and its logs, or cut those of a resumed run. ValueError if
+        another process trains there."""
         bricks = [f"brick{k}" for k in range(len(self.config.bricks))]
         levels = [f"quarter{i}" for i in (1, 2, 3, 4)] + ["sigma5", "sigma10", "sigma20"]
-        out.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(out)
         for part in out.glob(".samples-*.part"):            # A kill may have left it.
             part.unlink()
         self.open_log(out / "log.csv", ["loss", *bricks, "low", "middle", "high"])
@@ -1352,7 +1369,8 @@ def claim_folder(dataset):
 
 def main(arguments=None, block=Block):
     """Train as the command line says, or as a list of `arguments` does. From Python, a stack of
-    your own blocks is trained by main(["--minutes", "1"], block=MyBlock)."""
+    your own blocks is trained by main(["--minutes", "1"], block=MyBlock), under
+    if __name__ == "__main__", since Python may start the workers by importing your file."""
     s, state = read_flags(arguments)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if s.batch % world:
@@ -1378,7 +1396,7 @@ def main(arguments=None, block=Block):
     try:
         bench(trainer) if s.bench else trainer.fit(Path(s.out))
     finally:
-        trainer.source = None                   # This ends the workers.
+        trainer.source = trainer.lock = None    # This ends the workers, and frees the folder.
     if world > 1:
         dist.destroy_process_group()
 

@@ -11,15 +11,15 @@ SPDX-License-Identifier: MIT
 """
 
 import csv
-import io
 import math
+import os
 import re
 import shlex
 import sys
-import time
 from argparse import RawDescriptionHelpFormatter
-from contextlib import redirect_stdout
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # before torch is there: see train_tiny.py
 
 import numpy as np
 import torch
@@ -71,9 +71,12 @@ def distances(images, true):
         pair = [random_patches(part, random) for part in level]
         deviation, mean = torch.std_mean(pair[1], (0, 1, 2, 3))          # (C,) each
         rows = [((some - mean) / deviation).flatten(0, 1).flatten(1) for some in pair]
-        # numpy sorts eight times faster than torch, which also keeps the indices.
-        a, b = (np.sort((some @ directions).T.numpy()) for some in rows)
-        result.append(1000 * float(np.abs(a - b).mean()))
+        apart = []
+        for few in directions.split(32, 1):     # All at once would take much memory.
+            # numpy sorts eight times faster than torch, which also keeps the indices.
+            a, b = (np.sort((some @ few).T.numpy()) for some in rows)
+            apart.append(np.abs(a - b).mean())
+        result.append(1000 * float(np.mean(apart)))
     return result
 
 
@@ -171,6 +174,8 @@ def two_sets(data, n, size):
         return [data.draw(2 ** 32 + 1 + i, range(n), *size) for i in range(2)]
     if size != (data.size, data.size):
         raise ValueError(f"{data.name} has no images of another size: take --size {data.size}")
+    if data.held_out[0] is data.train[0]:
+        raise ValueError(f"{data.name} has no held-out images: put ten or more into a class")
     sets, n = [], min(n, len(data.held_out[0]), len(data.train[0]))
     for images, labels in (data.held_out, data.train):
         chosen = np.random.default_rng(0).permutation(len(images))[:n]
@@ -184,10 +189,8 @@ def judge(images, asked, true, labels, model, classes):
     error of the mean colours of classes, in 255ths; the largest seam ratio; and for CIFAR-10
     FD-CIFAR and the share of the images whose class is recognised."""
     every, (height, width) = distances(images, true), images.shape[1:3]
-    errors = []
-    for k in set(asked) & set(labels):
-        both = images[asked == k], true[labels == k]
-        errors.append(np.subtract(*(some.mean((0, 1, 2)) for some in both)))
+    errors = [images[asked == k].mean((0, 1, 2)) - true[labels == k].mean((0, 1, 2))
+              for k in set(asked) & set(labels)]
     seams = [seam_ratio(images, true, spec.region, axis) for spec in model.config.bricks
              for axis, side in ((1, height), (2, width)) if spec.region < side]
     figures = dict(fine=every[0], coarse=every[-1], seam=max(seams, default=1.0),
@@ -208,8 +211,7 @@ def print_compare(a):
         flags = sample_tiny.read_flags(shlex.split(case))
         if flags.label or flags.stages or flags.bench:
             raise ValueError("compare takes no --label, --stages or --bench")
-        with redirect_stdout(io.StringIO()):
-            samplers[case] = sample_tiny.Sampler(flags)
+        samplers[case] = sample_tiny.Sampler(flags)
     first = next(iter(samplers.values()))
     kinds = {(str(some.model.info.get("classes")), some.size) for some in samplers.values()}
     if len(kinds) > 1 or min(first.size) < 7:
@@ -219,9 +221,8 @@ def print_compare(a):
     n, parts, times = len(true), {case: [] for case in samplers}, {case: [] for case in samplers}
     for i, case in tqdm(list(in_turns(list(samplers), math.ceil(n / 32))), "batches"):
         numbers = range(32 * i, min(n, 32 * (i + 1)))
-        began = time.perf_counter()
-        parts[case].append(to_bytes(samplers[case].images(numbers)))
-        times[case].append(1000 * (time.perf_counter() - began) / len(numbers))
+        work = lambda: parts[case].append(to_bytes(samplers[case].images(numbers)))
+        times[case].append(1000 * timed(work, first.device) / len(numbers))
     floor = judge(other, other_labels, true, labels, first.model, data.classes)
     rows = [dict(gflops=0.0, ms=0.0) | floor | dict(n=n, case="other images")]
     for case, sampler in samplers.items():
@@ -234,10 +235,8 @@ def print_compare(a):
 
 def show(rows, log=None):
     """Print dictionaries with the same names as a table, and add them to a CSV file, if any."""
-    table = [list(rows[0]), *(list(written(row).values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for line in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    for line in (rows[0], *(written(row).values() for row in rows)):
+        print("  ".join(f"{cell:>10}" for cell in line))
     add_to_log(log, rows)
 
 
@@ -263,9 +262,8 @@ def read_log(path, *names):
     """The lines of a CSV file as dictionaries. ValueError unless all have these columns."""
     with open(path, newline="") as file:
         lines = list(csv.DictReader(file))
-    for name in names:
-        if any(line.get(name) is None for line in lines):
-            raise ValueError(f"{path} is no log with the columns {', '.join(names)}")
+    if any(line.get(name) is None for line in lines or [{}] for name in names):
+        raise ValueError(f"{path} is no log with the columns {', '.join(names)}")
     return lines
 
 
@@ -280,26 +278,24 @@ def groups(lines, *names):
 
 # ---- Races between stacks ------------------------------------------------------------
 
-ROUNDS = 20
 
-
-def print_pace(a):
+def print_pace(a, rounds=20):
     """Time a training step of every case, in random turns, to find how many of them fill the same
     time. A race that counts steps can be repeated on a busy machine."""
     trainers, times = {}, {}
     for case in a.cases or [""]:
         settings, _ = train_tiny.read_flags([*shlex.split(case), "--steps", "1000"])
         trainers[case], times[case] = train_tiny.Trainer(settings), []
-    for _, case in tqdm(list(in_turns(list(trainers), ROUNDS + 2)), "steps"):    # two to warm up
+    for _, case in tqdm(list(in_turns(list(trainers), rounds + 4)), "steps"):    # four to warm up
         trainer = trainers[case]
         times[case].append(timed(lambda: trainer.advance(.5), trainer.device))
     rows = []
     for case, seconds in times.items():
-        low, middle, high = np.quantile(1000 * np.array(seconds[2:]), [.1, .5, .9]).tolist()
+        low, middle, high = np.quantile(1000 * np.array(seconds[4:]), [.1, .5, .9]).tolist()
         steps = round(60_000 * a.minutes / middle)
         rows.append(dict(ms=middle, low=low, high=high, steps=steps, case=case or "no flags"))
         trainers[case].source = None                                     # This ends the workers.
-    print(f"the time of a step (10% to 90% of {ROUNDS}), and steps in {a.minutes:g} minutes")
+    print(f"the time of a step (10% to 90% of {rounds}), and steps in {a.minutes:g} minutes")
     show(rows)
 
 
@@ -310,15 +306,17 @@ def print_race(a):
     """Add the held-out losses of finished runs to a log, with the share of the budget spent. The
     folder of a run is named KIND-SEED. Print the losses at the end of every kind of run in the
     log: the mean over its seeds, and below it their standard deviation."""
+    rows = []
     for run in map(Path, a.cases):
-        kind, _, seed = run.name.rpartition("-")
-        if not (kind and seed.isdecimal()):
-            raise ValueError(f"{run} is not named KIND-SEED, such as runs/tiny-0: rename it")
         info = lego.read_checkpoint(run / "checkpoint.pt")["info"]
-        head, rows = dict(data=info["dataset"], kind=kind, seed=seed), []
+        kind, _, seed = run.name.rpartition("-")
+        if not kind or seed != str(info["settings"]["seed"]):
+            raise ValueError(f"{run} is not named KIND-SEED, after its seed: rename it")
+        head = dict(data=info["dataset"], kind=kind, seed=seed)
         for line in read_log(run / "held_out.csv", "step", *LOSSES):
             progress = dict(step=line["step"], share=int(line["step"]) / info["step"])
             rows.append(head | progress | {name: line[name] for name in LOSSES})
+    if rows:
         add_to_log(a.log, rows)
     lines, rows = read_log(a.log, "data", "kind", "seed", *LOSSES), []
     for (data, kind), lines in groups(lines, "data", "kind").items():
@@ -354,7 +352,7 @@ def subset_losses(model, diffusion, data, autocast, count=512):
         ratio = lambda some: float(loss[some].sum() / full[some].sum())
         flops = [sum(model.flops(size, size, skip, level)) for _, level in evaluations]
         rows.append(row | dict(ratio=max(map(ratio, ranges), default=1.0), gflops=sum(flops) / 1e9))
-        for part in order.tensor_split(16):
+        for part in order.tensor_split(min(16, len(order))):
             middle = float(sigma[part].log().mean().exp())
             levels.append(dict(skipped=row["skipped"], sigma=middle, loss=float(loss[part].mean()),
                                ratio=ratio(part)))
@@ -362,7 +360,9 @@ def subset_losses(model, diffusion, data, autocast, count=512):
 
 
 def print_subsets(a):
-    """Print what `subset_losses` finds. The log gets its second list."""
+    """Print what `subset_losses` finds for one case. A new log gets its second list."""
+    if len(a.cases) > 1 or a.log and Path(a.log).exists():
+        raise ValueError("subsets takes a single case, and the name of a log that is not there yet")
     sampler = sample_tiny.Sampler(sample_tiny.read_flags(shlex.split(" ".join(a.cases))))
     data = matching_data(a, sampler.model)
     rows, levels = subset_losses(sampler.model, sampler.diffusion, data, sampler.autocast, a.n)
@@ -450,14 +450,12 @@ def save_plots(a):
         save_picture(plot(series, across, up, log_x, join), path.with_suffix(".png"))
 
 
-RUNS = dict(compare=print_compare, subsets=print_subsets, pace=print_pace, race=print_race,
-            plot=save_plots, classifier=train_classifier)
-
-
 def main(arguments=None):
     """Measure as the command line says, or as a list of `arguments` does."""
+    runs = dict(compare=print_compare, subsets=print_subsets, pace=print_pace, race=print_race,
+                plot=save_plots, classifier=train_classifier)
     p = Parser(description=__doc__.split("SPDX")[0], formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("command", choices=RUNS)
+    p.add_argument("command", choices=runs)
     p.add_argument("cases", nargs="*", metavar="CASE", help="for compare and subsets flags of "
                    "sample_tiny.py in quotes, for pace those of train_tiny.py, for race folders of "
                    "runs, for plot logs")
@@ -473,7 +471,7 @@ def main(arguments=None):
         raise ValueError("race needs a log: name one with --log")
     if a.command == "plot" and not {Path(log).stem for log in a.cases or [""]} <= PLOTS.keys():
         raise ValueError(f"plot draws logs of the names {', '.join(PLOTS)} only")
-    RUNS[a.command](a)
+    runs[a.command](a)
 
 
 if __name__ == "__main__":
