@@ -949,12 +949,13 @@ def held_out_losses(model, diffusion, data, autocast, count=512):
 
 
 @torch.no_grad()
-def useful_levels(model, diffusion, data, autocast, count=128, tolerance=0.001):
+def useful_levels(model, diffusion, data, autocast, count=128, tolerance=0.0005):
     """For every brick the range [low, high) of sigma, with None for an open end, in which it is
     worth running, for `sample_tiny.py --skip auto`. Bricks are left out, the most costly one
-    first, at the low and the high end of their range, as long as this adds no more than
-    `tolerance` of the squared error of x0_hat at either end. (By the loss, errors at low noise
-    would count for more than can be seen in a sample.)"""
+    first, at the low and the high end of their range, as long as this adds little to the squared
+    error of x0_hat: at either end `tolerance` of it for the most costly brick, and for the others
+    less, in proportion to their FLOPs. (By the loss, errors at low noise would count for more
+    than can be seen in a sample.)"""
     device, K = next(model.parameters()).device, len(model.config.bricks)
     x0, labels, sigma, noise = (part.to(device) for part in held_out_batch(data, count))
     labels = labels if model.config.classes else None
@@ -973,7 +974,7 @@ def useful_levels(model, diffusion, data, autocast, count=128, tolerance=0.001):
 
     runs = model.config.active(sigma.log() / 4)                                  # (K, n)
     now = error(runs)                                                            # (n,)
-    allowed, levels = tolerance * now.sum(), [None] * K
+    total, levels = now.sum(), [None] * K
     borders = [None, *(sigma[1:] * sigma[:-1]).sqrt().tolist(), None]
     flops = model.flops(model.config.size, model.config.size)
     for k in sorted(range(K), key=lambda k: -flops[k]):
@@ -981,6 +982,7 @@ def useful_levels(model, diffusion, data, autocast, count=128, tolerance=0.001):
         others[k] = False
         then = error(others)
         added = then - now
+        allowed = tolerance * total * flops[k] / max(flops)
         below, above = added.cumsum(0), added.flip(0).cumsum(0).flip(0)
         needed = ((below > allowed) & (above > allowed)).nonzero().flatten().tolist() or [0, -1]
         first, end = needed[0], needed[-1] + 1
