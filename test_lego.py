@@ -1062,7 +1062,7 @@ def trained(tmp_path_factory):
 
 
 def test_training_learns_and_leaves_checkpoint_logs_and_picture(trained):
-    files = ["checkpoint.pt", "held_out.csv", "log.csv", "samples-0000060.png"]
+    files = [".lock", "checkpoint.pt", "held_out.csv", "log.csv", "samples-0000060.png"]
     assert sorted(os.listdir(trained.parent)) == files
     log, held = (np.genfromtxt(trained.parent / name, delimiter=",", names=True)
                  for name in ("log.csv", "held_out.csv"))
