@@ -275,7 +275,8 @@ class Block(nn.Module):
 
     def mix(self, h, mask=None):
         """The one place where tokens meet: attention within each region, (B, R, N, D) to the
-        same. mask (B * R, 1, N, N) is True where a token may look (None: everywhere)."""
+        same. mask (B * R, 1, N, N) is True where a token may look (None: everywhere). It is
+        passed by name, and only where there is padding."""
         mixed = attention(*self.attention_inputs(h), mask)               # (B * R, heads, N, d)
         return self.proj(mixed.transpose(1, 2).reshape(h.shape))
 
@@ -660,7 +661,7 @@ class Diffusion:
         """The loss of a step: (scalar, losses (B, K) of every brick, sigma (B,)).
 
         A brick's loss for an image of x0 is the mean squared error of F (paper, equation 6, with
-        weight 1 / c_out^2), NaN if it did not run. The scalar is the sum of the others over B K,
+        weight 1 / c_out^2), NaN if it did not run. The scalar is the sum of all that ran over B K,
         or with supervise_all=False the mean, over the images, of the last brick's.
         brick_drop is a number or a tensor (K,), and a hidden result is learnt from all the
         same. With supervise_all=False take detach=False, so that other bricks learn as well.

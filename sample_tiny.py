@@ -306,7 +306,7 @@ def write_samples(sampler, n, out):
             save_picture(picture(np.concatenate(list(batches)), columns), out)
     else:
         if (out / f"{n:06d}.png").exists():
-            raise ValueError(f"{out} holds more images, of an earlier run: name another folder")
+            raise ValueError(f"{out} holds images beyond the {n} asked for: name another folder")
         for i, image in enumerate(itertools.chain.from_iterable(batches)):
             save_picture(picture(image[None], 1, enlarge=False), out / f"{i:06d}.png")
 

@@ -1005,6 +1005,17 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
     train_tiny.lock(tmp_path / "run").close()
 
 
+def test_a_run_that_another_process_went_on_with_is_not_set_back(tmp_path):
+    run = tmp_path / "run"
+    assert in_process(train_tiny, TINY, "--steps 1 --out", run) == 0
+    late = train_tiny.Trainer(*train_tiny.read_flags(words("--resume", run, "--steps 2")))
+    assert in_process(train_tiny, "--resume", run, "--steps 3") == 0
+    before = (run / "checkpoint.pt").read_bytes()
+    refuses("another process has written to", late.fit, run)
+    late.source = late.lock = None                  # This ends its worker.
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_have_white_lines_between_images(channels):
     images = np.full((3, 4, 5, channels), 7, np.uint8)

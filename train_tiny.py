@@ -211,15 +211,15 @@ def to_bytes(images):
     return (images.clamp(-1, 1) * 127.5 + 128).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def lock(folder):
+def lock(folder, wait=False):
     """Make a folder, and keep other processes out that ask for it, until the open file that this
-    returns is closed. ValueError if another process has it."""
+    returns is closed. If another process has it, wait or raise a ValueError."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     with suppress(ImportError, OSError):        # Windows and some network disks have no locks.
         import fcntl
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ValueError(f"another process is at work in {folder}: wait until it is done, or "
                              f"name another folder") from None
@@ -235,12 +235,22 @@ def fetch(name, sha256, urls, folder, opener=open):
         with suppress(*DAMAGED), opener(file, "rb") as content:
             return hashlib.sha256(content.read(LARGEST_FILE)).hexdigest() == sha256
 
-    if path.exists():
-        if is_right(path):
-            return path
-        raise ValueError(f"{path} is damaged: delete it, to download it again")
+    def is_there():
+        if path.exists() and not is_right(path):
+            raise ValueError(f"{path} is damaged: delete it, to download it again")
+        return path.exists()
+
+    if is_there():
+        return path
+    try:
+        alone = lock(path.parent, wait=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error}): name another folder with "
+                         f"--data-dir") from error
     reasons = []
-    with lock(path.parent):
+    with alone:
+        if is_there():              # Another process had the folder.
+            return path
         for url in urls:
             try:
                 download(url + name, part)
@@ -1257,10 +1267,13 @@ class Trainer:
 
     def open_logs(self, out):
         """Make the folder of the run and its logs, or cut those of a resumed run. ValueError if
-        another process trains there."""
+        another process trains there, or did so since this one began."""
         bricks = [f"brick{k}" for k in range(len(self.config.bricks))]
         levels = [f"quarter{i}" for i in (1, 2, 3, 4)] + ["sigma5", "sigma10", "sigma20"]
-        self.lock = lock(out)
+        self.lock, path = lock(out), out / "checkpoint.pt"
+        if path.exists() and read_checkpoint(path)["info"]["step"] != self.step:
+            raise ValueError(f"another process has written to {out} meanwhile: go on with --resume "
+                             f"{out}")
         for part in out.glob(".samples-*.part"):            # A kill may have left it.
             part.unlink()
         self.open_log(out / "log.csv", ["loss", *bricks, "low", "middle", "high"])

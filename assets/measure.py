@@ -310,8 +310,8 @@ def print_race(a):
     for run in map(Path, a.cases):
         info = lego.read_checkpoint(run / "checkpoint.pt")["info"]
         kind, _, seed = run.name.rpartition("-")
-        if not kind or seed != str(info["settings"]["seed"]):
-            raise ValueError(f"{run} is not named KIND-SEED, after its seed: rename it")
+        if not kind or seed != str(info.get("settings", {}).get("seed")):
+            raise ValueError(f"{run} is no run whose folder is named KIND-SEED, after its seed")
         head = dict(data=info["dataset"], kind=kind, seed=seed)
         for line in read_log(run / "held_out.csv", "step", *LOSSES):
             progress = dict(step=line["step"], share=int(line["step"]) / info["step"])
