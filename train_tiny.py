@@ -146,7 +146,7 @@ LARGEST_FILE = 1 << 28                  # bytes of a download or of a file in an
 Image.MAX_IMAGE_PIXELS = 1 << 25        # Pillow refuses images of twice as many.
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]      # EPS would start a program.
-DAMAGED = (gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError,
+DAMAGED = (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError,
            NotImplementedError)         # what zipfile says of a version it does not know
 
 

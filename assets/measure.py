@@ -363,7 +363,7 @@ def print_subsets(a):
     """Print what `subset_losses` finds for one case. A new log gets its second list."""
     if len(a.cases) > 1 or a.log and Path(a.log).exists():
         raise ValueError("subsets takes a single case, and the name of a log that is not there yet")
-    sampler = sample_tiny.Sampler(sample_tiny.read_flags(shlex.split(" ".join(a.cases))))
+    sampler = sample_tiny.Sampler(sample_tiny.read_flags(shlex.split(*a.cases or [""])))
     data = matching_data(a, sampler.model)
     rows, levels = subset_losses(sampler.model, sampler.diffusion, data, sampler.autocast, a.n)
     show(rows)
